@@ -1,0 +1,148 @@
+"""Checkpoints: a folder of safetensors files and a JSON state, checksummed, written atomically, read strictly.
+
+    checkpoints/step_00000250/{model,ema,optimizer}.safetensors, state.json
+
+A folder appears under its name only when every byte of it is on the disk, so a kill at any moment leaves the older
+ones whole. state.json holds the SHA-256 of each file and of itself.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from smalti.types import UserError
+
+_PARTIAL = ".partial-"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing or damaged; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds: named groups of tensors and a JSON state."""
+
+    folder: Path
+    step: int
+    tensors: Mapping[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    parent: Path, step: int, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]
+) -> Path:
+    """Write parent/step_XXXXXXXX and return it. Raises OSError (disk full, read-only) and leaves nothing half done."""
+    parent.mkdir(parents=True, exist_ok=True)
+    target = parent / f"step_{step:08d}"
+    partial = parent / f"{_PARTIAL}{target.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        for group, named in tensors.items():
+            path = partial / f"{group}.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
+            _sync(path)
+        digests = {f"{group}.safetensors": _digest(partial / f"{group}.safetensors") for group in tensors}
+        state = {"step": step, **state, "files": digests}
+        document = {"state": state, "sha256": _state_digest(state)}
+        state_path = partial / "state.json"
+        state_path.write_text(json.dumps(document, indent=1))
+        _sync(state_path)
+        _sync(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _sync(parent)
+    except SafetensorError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"cannot write {partial}: {error}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first. Half-written ones do not count."""
+    return sorted(path for path in parent.glob("step_*") if path.is_dir())
+
+
+def prune_checkpoints(parent: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what a kill left half written."""
+    for path in list_checkpoints(parent)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in parent.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_checkpoint(folder: Path, groups: tuple[str, ...] | None = None) -> Checkpoint:
+    """Read a checkpoint folder after checking it; groups limits which tensor files are read.
+
+    Raises CheckpointError, which names the file, when one is missing, truncated or altered.
+    """
+    state_path = folder / "state.json"
+    if not state_path.is_file():
+        raise CheckpointError(f"{state_path} is missing: {folder} is not a whole checkpoint")
+    try:
+        document = json.loads(state_path.read_text())
+        state, digest = document["state"], document["sha256"]
+        files = dict(state["files"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{state_path} is damaged: it does not parse") from None
+    if _state_digest(state) != digest:
+        raise CheckpointError(f"{state_path} is damaged: its checksum does not match")
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for file_name, expected in files.items():
+        group = file_name.removesuffix(".safetensors")
+        if groups is not None and group not in groups:
+            continue
+        path = folder / file_name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if _digest(path) != expected:
+            raise CheckpointError(f"{path} is damaged: its checksum does not match (truncated or altered)")
+        tensors[group] = load_file(path)
+    return Checkpoint(folder, int(state["step"]), tensors, state)
+
+
+def newest_checkpoint(parent: Path, groups: tuple[str, ...] | None = None) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer damaged one.
+
+    Raises CheckpointError when there is none.
+    """
+    folders = list_checkpoints(parent)
+    if not folders:
+        raise CheckpointError(f"no checkpoint in {parent}")
+    complaints: list[str] = []
+    for folder in reversed(folders):
+        try:
+            return read_checkpoint(folder, groups), complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    raise CheckpointError("; ".join(complaints) + "; no older checkpoint is whole")

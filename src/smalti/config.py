@@ -1,0 +1,286 @@
+"""RunConfig: everything that defines a run, as frozen dataclasses; strict overrides by name; JSON round trip.
+
+The parts sit beside the classes that they configure (models/dit.py, training/optim.py ...). A part with alternatives
+(optimizer: adamw or muon) is a union of dataclasses that carry a `kind`. A field may say in its metadata that it is read
+only if a neighbour has a certain value ("only_if"); setting it otherwise is an error, since it would do nothing.
+"""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from smalti.diffusion.objective import Objective
+from smalti.diffusion.processes import make_process
+from smalti.diffusion.timesteps import LogitNormalTimesteps, TimestepDensity
+from smalti.models.registry import ModelConfig
+from smalti.models.dit import DiTConfig
+from smalti.optim.ema import EmaConfig, PowerEma
+from smalti.optim.optimizers import MuonConfig, OptimizerConfig
+from smalti.optim.schedule import Schedule
+from smalti.types import UserError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run trains."""
+
+    unit: Literal["steps", "minutes", "epochs"] = "minutes"
+    amount: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.amount > 0:
+            raise UserError(f"budget of {self.amount} {self.unit}: must be above 0")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The training loop: batch, regularisation, and what is written how often (in steps)."""
+
+    batch_size: int = 64
+    label_dropout: float = 0.1
+    stratified_timesteps: bool = False
+    clip_norm: float = 1.0
+    log_every: int = 10
+    validate_every: int = 200
+    checkpoint_every: int = 250
+    preview_every: int = 500
+    keep_checkpoints: int = 2
+    compile: bool = False  # torch.compile the network: pays on runs longer than its minute of compilation
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size", "log_every", "validate_every", "checkpoint_every", "preview_every", "keep_checkpoints"
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"loop.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.label_dropout < 1:
+            raise UserError(f"loop.label_dropout={self.label_dropout} must lie in [0, 1)")
+        if self.clip_norm <= 0:
+            raise UserError(f"loop.clip_norm={self.clip_norm} must be above 0")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the run is sampled unless the caller says otherwise."""
+
+    solver: str = "dpmpp_2m"
+    num_inference_steps: int = 20
+    spacing: str = "time"
+    guidance_scale: float = 2.0
+    clip_x0: bool = False
+
+    def __post_init__(self) -> None:
+        from smalti.sampling.grids import spacings
+        from smalti.sampling.solvers import solver_entry
+        from smalti.types import unknown_name
+
+        solver_entry(self.solver)
+        if self.spacing not in spacings():
+            raise unknown_name("spacing", self.spacing, spacings())
+        if self.num_inference_steps < 1:
+            raise UserError(f"sampling.num_inference_steps={self.num_inference_steps} must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run. Written beside its weights as config.json."""
+
+    recipe: str
+    data: Literal["digits"] = "digits"
+    seed: int = 0
+    budget: Budget = field(default_factory=Budget)
+    model: ModelConfig = field(default_factory=DiTConfig)
+    process: str = "rectified_flow"
+    objective: Objective = field(default_factory=Objective)
+    timesteps: TimestepDensity = field(default_factory=LogitNormalTimesteps)
+    optimizer: OptimizerConfig = field(default_factory=MuonConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    ema: EmaConfig = field(default_factory=PowerEma)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        make_process(self.process)  # raises for an unknown name
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} must lie in 0 .. 2^63 - 1")
+        if self.model.num_classes and self.model.num_classes < 10:
+            raise UserError(f"model.num_classes={self.model.num_classes}: the digits have 10 classes (or 0: none)")
+        if (self.model.in_channels, self.model.image_size) != (1, (28, 28)):
+            raise UserError(
+                f"model.in_channels={self.model.in_channels}, model.image_size={self.model.image_size}: "
+                "the digits are 1 channel of (28, 28)"
+            )
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union (without None), or the annotation alone."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(a for a in get_args(annotation) if a is not type(None))
+    return (annotation,)
+
+
+def _dataclass_choices(annotation: Any) -> tuple[Any, ...]:
+    return tuple(a for a in _alternatives(annotation) if is_dataclass(a))
+
+
+def _kind(cls: Any) -> str:
+    return str(getattr(cls, "kind", cls.__name__))
+
+
+def to_json(config: Any) -> Any:
+    """A config as plain dicts, lists and numbers; alternatives carry their kind."""
+    if is_dataclass(config) and not isinstance(config, type):
+        body = {f.name: to_json(getattr(config, f.name)) for f in fields(config)}
+        return {"kind": config.kind, **body} if hasattr(config, "kind") else body
+    if isinstance(config, (list, tuple)):
+        return [to_json(item) for item in config]
+    return config
+
+
+def _value_from_json(annotation: Any, value: Any, path: str) -> Any:
+    choices = _dataclass_choices(annotation)
+    if choices:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path} must be an object, not {value!r}")
+        by_kind = {_kind(c): c for c in choices}
+        kind = value.get("kind", _kind(choices[0]) if len(choices) == 1 else None)
+        if kind not in by_kind:
+            raise UserError(f"{path}.kind is {kind!r}; known: {', '.join(by_kind)}")
+        return from_json(by_kind[kind], {k: v for k, v in value.items() if k != "kind"}, path)
+    if get_origin(annotation) is tuple and isinstance(value, list):
+        return tuple(value)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def from_json(cls: Any, body: Mapping[str, Any], path: str = "") -> Any:
+    """A dataclass from to_json's output. Unknown keys raise UserError; missing ones take their defaults."""
+    hints = get_type_hints(cls)
+    names = {f.name for f in fields(cls)}
+    unknown = sorted(set(body) - names)
+    if unknown:
+        raise UserError(f"unknown key {path + '.' if path else ''}{unknown[0]}; known: {', '.join(sorted(names))}")
+    return cls(**{k: _value_from_json(hints[k], v, f"{path}.{k}" if path else k) for k, v in body.items()})
+
+
+def _leaf_paths(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> annotation of each settable field of a config value, alternatives as the config has them."""
+    hints, paths = get_type_hints(type(config)), {}
+    for f in fields(config):
+        path = f"{prefix}{f.name}"
+        choices = _dataclass_choices(hints[f.name])
+        if choices:
+            if len(choices) > 1:
+                paths[path] = hints[f.name]
+            paths |= _leaf_paths(getattr(config, f.name), f"{path}.")
+        else:
+            paths[path] = hints[f.name]
+    return paths
+
+
+def _unused_alternatives(config: Any) -> dict[str, tuple[str, str, str]]:
+    """Dotted path of fields that exist only in an alternative not chosen -> (part, its kind now, the kind needed)."""
+    hints, unused = get_type_hints(type(config)), {}
+    for f in fields(config):
+        for choice in _dataclass_choices(hints[f.name]):
+            current = getattr(config, f.name)
+            if not isinstance(current, choice):
+                for inner in fields(choice):
+                    unused[f"{f.name}.{inner.name}"] = (f.name, _kind(type(current)), _kind(choice))
+    return unused
+
+
+def _parse(annotation: Any, text: str, path: str) -> Any:
+    """A command line's text as the field's type."""
+    origin = get_origin(annotation)
+    wanted = getattr(annotation, "__name__", str(annotation))
+    try:
+        if origin is Literal:
+            allowed = {str(a): a for a in get_args(annotation)}
+            if text not in allowed:
+                raise UserError(f"{path}={text!r} must be one of {', '.join(allowed)}")
+            return allowed[text]
+        if origin is tuple:
+            parts = [part for part in text.strip("()").replace("x", ",").split(",") if part]
+            wanted = f"{len(get_args(annotation))} values joined by commas"
+            return tuple(t(p) for t, p in zip(get_args(annotation), parts, strict=True))
+        if annotation is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return annotation(text)
+    except UserError:
+        raise
+    except (ValueError, KeyError):
+        raise UserError(f"{path}={text!r} must be {wanted}") from None
+
+
+def _resolve(config: RunConfig, name: str) -> str:
+    """The full dotted path that a field's name or dotted ending means."""
+    paths = _leaf_paths(config)
+    if name in paths:
+        return name
+    matches = [path for path in paths if path.endswith("." + name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"field {name!r} is ambiguous: {', '.join(matches)}; give the dotted path")
+    for path, (part, now, needed) in _unused_alternatives(config).items():
+        if path == name or path.endswith("." + name):
+            raise UserError(
+                f"field {name!r} has no effect: it belongs to {part}={needed} and this run has {part}={now}; "
+                f"put {part}={needed} before it"
+            )
+    leaves = sorted({*paths, *(p.rsplit(".", 1)[-1] for p in paths)})
+    near = difflib.get_close_matches(name, leaves, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`smalti info RECIPE` lists every field"
+    raise UserError(f"unknown field {name!r}: {hint}")
+
+
+def _replace_at(config: Any, path: Sequence[str], value: Any) -> Any:
+    head, *rest = path
+    return replace(config, **{head: _replace_at(getattr(config, head), rest, value) if rest else value})
+
+
+def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The config with each "field=value" applied in turn.
+
+    field is a dotted path or a unique ending of one. A part with alternatives takes the kind (optimizer=adamw). Raises
+    UserError for unknown, ambiguous and malformed ones, and for fields that the run would not read.
+    """
+    touched: list[str] = []
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override!r} must have the form field=value")
+        path = _resolve(config, name.strip())
+        if path == "recipe" or path.startswith("budget."):
+            flag = "the recipe's name" if path == "recipe" else "--minutes, --steps or --epochs"
+            raise UserError(f"{path} is not set by --set: give {flag}")
+        annotation = _leaf_paths(config)[path]
+        by_kind = {_kind(c): c for c in _dataclass_choices(annotation)}
+        if by_kind and text not in by_kind:
+            raise UserError(f"{path}={text!r} must be one of {', '.join(by_kind)}")
+        value = by_kind[text]() if by_kind else _parse(annotation, text, path)
+        config = _replace_at(config, path.split("."), value)
+        touched.append(path)
+    for path in touched:
+        _check_effect(config, path)
+    return config
+
+
+def _check_effect(config: RunConfig, path: str) -> None:
+    *parents, leaf = path.split(".")
+    part: Any = config
+    for name in parents:
+        part = getattr(part, name)
+    metadata = next((f.metadata for f in dataclasses.fields(part) if f.name == leaf), {})
+    if "only_if" in metadata:
+        neighbour, needed = metadata["only_if"]
+        if getattr(part, neighbour) not in needed:
+            raise UserError(
+                f"field {path!r} has no effect while {neighbour}={getattr(part, neighbour)}: "
+                f"it is read only if {neighbour} is {' or '.join(map(str, needed))}"
+            )

@@ -1,0 +1,1 @@
+"""Sources of pictures and the order they are read in."""

@@ -1,0 +1,1 @@
+"""Judging samples: a classifier of the digits and the Frechet distance in its features."""

@@ -1,0 +1,34 @@
+"""Tensors to pictures: PIL images and grids."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from smalti.data.digits import to_bytes
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Pictures in [-1, 1], [batch, 1 or 3, height, width], as PIL images (mode L or RGB)."""
+    arrays = to_bytes(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
+
+
+def grid_picture(images: Tensor, columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
+    """Pictures in [-1, 1] side by side, `columns` a row, each pixel zoom times as large."""
+    arrays = to_bytes(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
+    count, height, width, channels = arrays.shape
+    rows = math.ceil(count / columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 40, dtype=np.uint8)
+    for i, array in enumerate(arrays):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = array
+    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+def class_columns(num_classes: int, rows: int) -> Tensor:
+    """Labels for a grid with a class in each column: int64 [rows * num_classes]."""
+    return torch.arange(num_classes).repeat(rows)

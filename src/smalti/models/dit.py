@@ -1,0 +1,225 @@
+"""DiT: the diffusion transformer with adaLN-Zero (Peebles and Xie 2023, "Scalable diffusion models with transformers").
+
+One file holds the network from pixels to raw output. SiT is this network with another process.
+
+Shapes: B batch, C channels in, N tokens, D width, K head width, P values of a patch, M = 6 * depth + 2 modulation rows.
+
+Initialisation            published                        wide
+    Linear                xavier uniform, zero bias        the same
+    patch embedding       xavier uniform as a matrix       the same
+    label table           N(0, 0.02)                       N(0, 0.5)
+    time MLP              N(0, 0.02)                       N(0, 1 / sqrt(fan in))
+    modulation            zero: each block is the identity the same
+    output                zero: the network starts at 0    the same
+"wide" lets the condition speak from the first step: with 10,000 pictures it halves the images that class
+conditioning needs (docs/LOG.md).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from smalti.nn.attention import SelfAttention
+from smalti.nn.embeddings import TimestepEmbedder, patchify, rope_angles_2d, sincos_positions_2d, unpatchify
+from smalti.nn.feedforward import Activation, FeedForward
+from smalti.types import Condition, UserError
+
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a DiT. The defaults are DiT-Tiny for the bundled digits."""
+
+    image_size: tuple[int, int] = (28, 28)  # height, width of the input in pixels (or latents)
+    in_channels: int = 1
+    patch_size: int = 4
+    width: int = 128
+    depth: int = 4
+    num_heads: int = 4
+    mlp_ratio: float = 4.0
+    num_classes: int = 10  # 0: unconditional; the null label is num_classes
+    learn_sigma: bool = False  # twice the output channels: the second half are variance logits
+    positions: Literal["sincos", "learned", "rope", "sincos+rope"] = "sincos"
+    qk_norm: bool = False
+    activation: Activation = "gelu_tanh"
+    initialisation: Literal["published", "wide"] = "published"
+    frequency_shift: float = 0.0  # of the time sinusoid: 0 in the papers' code, 1 in diffusers' DiT
+    mlp_norm_eps: float = _NORM_EPS  # 1e-5 in diffusers' DiT
+
+    def __post_init__(self) -> None:
+        height, width = self.image_size
+        for name in ("in_channels", "patch_size", "width", "depth", "num_heads", "mlp_ratio"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"model.{name}={getattr(self, name)} must be above 0")
+        if height % self.patch_size or width % self.patch_size or height <= 0 or width <= 0:
+            raise UserError(
+                f"model.image_size={self.image_size} must divide by model.patch_size={self.patch_size}"
+            )
+        if self.width % self.num_heads:
+            raise UserError(f"model.width={self.width} must divide by model.num_heads={self.num_heads}")
+        if "sincos" in self.positions and self.width % 4:
+            raise UserError(f"model.width={self.width} must divide by 4 for positions={self.positions!r}")
+        if "rope" in self.positions and self.width // self.num_heads % 4:
+            raise UserError(
+                f"model.width/num_heads={self.width // self.num_heads} must divide by 4 for positions={self.positions!r}"
+            )
+        if self.num_classes < 0:
+            raise UserError(f"model.num_classes={self.num_classes} must not be negative")
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the raw output."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
+def modulate(
+    x_BND: Float[Tensor, "B N D"], shift_B1D: Float[Tensor, "B 1 D"], scale_B1D: Float[Tensor, "B 1 D"], eps: float
+) -> Float[Tensor, "B N D"]:
+    """LayerNorm without weights, then (1 + scale) and shift from the condition. Source: DiT, section 3.2."""
+    normed = F.layer_norm(x_BND, (x_BND.shape[-1],), eps=eps)
+    return torch.addcmul(shift_B1D, normed, 1 + scale_B1D)
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and feed-forward, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.mlp_norm_eps = config.mlp_norm_eps
+        self.attn = SelfAttention(config.width, config.num_heads, config.qk_norm)
+        self.mlp = FeedForward(config.width, int(config.width * config.mlp_ratio), config.activation)
+
+    def forward(
+        self,
+        x_BND: Float[Tensor, "B N D"],
+        modulation_B6D: Float[Tensor, "B 6 D"],
+        rope_2NK: Float[Tensor, "2 N K"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        """Tokens through one block; modulation holds shift, scale, gate for attention, then for the MLP."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_B6D.unsqueeze(2).unbind(1)  # each B1D
+        x_BND = torch.addcmul(x_BND, gate1, self.attn(modulate(x_BND, shift1, scale1, _NORM_EPS), rope_2NK))
+        return torch.addcmul(x_BND, gate2, self.mlp(modulate(x_BND, shift2, scale2, self.mlp_norm_eps)))
+
+
+class DiT(nn.Module):
+    """The diffusion transformer. The modulations of all blocks come from one matrix product a forward."""
+
+    rope_2NK: Tensor | None
+    positions_ND: Tensor | nn.Parameter | None
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        rows, columns = config.grid
+        width, patch_values = config.width, config.in_channels * config.patch_size**2
+        self.patch_embed = nn.Linear(patch_values, width)
+        self.time_embed = TimestepEmbedder(width, frequency_shift=config.frequency_shift)
+        self.label_embed = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
+        self.modulation = nn.Linear(width, (6 * config.depth + 2) * width)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.output = nn.Linear(width, config.out_channels * config.patch_size**2)
+        if config.positions == "learned":
+            self.positions_ND = nn.Parameter(torch.zeros(rows * columns, width))
+        else:
+            table = sincos_positions_2d(width, rows, columns) if "sincos" in config.positions else None
+            self.register_buffer("positions_ND", table, persistent=False)
+        rope = rope_angles_2d(width // config.num_heads, rows, columns) if "rope" in config.positions else None
+        self.register_buffer("rope_2NK", rope, persistent=False)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Set every weight as the table on top of this file says."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        wide = self.config.initialisation == "wide"
+        for layer in (self.time_embed.fc1, self.time_embed.fc2):
+            std = layer.in_features**-0.5 if wide else 0.02
+            nn.init.normal_(layer.weight, std=std, generator=generator)
+        if self.label_embed is not None:
+            nn.init.normal_(self.label_embed.weight, std=0.5 if wide else 0.02, generator=generator)
+        if isinstance(self.positions_ND, nn.Parameter):
+            nn.init.normal_(self.positions_ND, std=0.02, generator=generator)
+        for layer in (self.modulation, self.output):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def null_condition(self, batch_size: int) -> Condition | None:
+        """The null label for each row; None for an unconditional network."""
+        if self.label_embed is None:
+            return None
+        device = self.label_embed.weight.device
+        return Condition(class_labels=torch.full((batch_size,), self.config.num_classes, device=device))
+
+    def embed_condition(self, t: Float[Tensor, " B"], cond: Condition | None) -> Float[Tensor, "B D"]:
+        """Network time and label to one vector a row. A missing condition means the null label."""
+        c_BD = self.time_embed(t)
+        if self.label_embed is None:
+            return c_BD  # type: ignore[no-any-return]
+        if cond is None:
+            cond = self.null_condition(t.shape[0])
+        if cond is None or cond.class_labels is None:
+            raise UserError("class_labels is missing: this network is class-conditional")
+        return c_BD + self.label_embed(cond.class_labels)  # type: ignore[no-any-return]
+
+    def forward(
+        self, x: Float[Tensor, "B C height width"], t: Float[Tensor, " B"], cond: Condition | None = None
+    ) -> Float[Tensor, "B out height width"]:
+        """Noisy pictures [B, C, height, width] at network time t [B] to raw output [B, out_channels, height, width]."""
+        height, width = self.config.image_size
+        x_BND = self.patch_embed(patchify(x, self.config.patch_size))
+        if self.positions_ND is not None:
+            x_BND = x_BND + self.positions_ND
+        c_BD = self.embed_condition(t, cond)
+        modulation_BMD = self.modulation(F.silu(c_BD)).view(x.shape[0], -1, self.config.width)
+        for i, block in enumerate(self.blocks):
+            x_BND = block(x_BND, modulation_BMD[:, 6 * i : 6 * i + 6], self.rope_2NK)
+        shift_BD, scale_BD = modulation_BMD[:, -2:].unbind(1)
+        x_BNP = self.output(modulate(x_BND, shift_BD[:, None], scale_BD[:, None], _NORM_EPS))
+        return unpatchify(x_BNP, self.config.patch_size, height, width)
+
+
+def forward_flops(config: DiTConfig) -> int:
+    """Floating-point operations of one forward at batch 1 (a multiply-add counts two), matrix products only."""
+    rows, columns = config.grid
+    tokens, width, patch_area = rows * columns, config.width, config.patch_size**2
+    hidden = int(width * config.mlp_ratio)
+    mlp_weights = 2 * width * hidden
+    if config.activation == "swiglu":
+        mlp_weights = 3 * width * max(8, 2 * hidden // 3 // 8 * 8)
+    block = tokens * (4 * width * width + mlp_weights) + 2 * tokens * tokens * width
+    condition = 256 * width + width * width + (6 * config.depth + 2) * width * width
+    ends = tokens * width * patch_area * (config.in_channels + config.out_channels)
+    return 2 * (config.depth * block + condition + ends)
+
+
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # DiT, table 1
+
+
+def dit_presets() -> dict[str, DiTConfig]:
+    """The paper's sizes on 32x32x4 latents ("DiT-XL/2" ...) and "DiT-Tiny" for 28x28x1 digits."""
+    presets = {"DiT-Tiny": DiTConfig()}
+    for name, (depth, width, num_heads) in _SIZES.items():
+        for patch_size in (2, 4, 8):
+            presets[f"DiT-{name}/{patch_size}"] = DiTConfig(
+                image_size=(32, 32),
+                in_channels=4,
+                patch_size=patch_size,
+                width=width,
+                depth=depth,
+                num_heads=num_heads,
+                num_classes=1000,
+                learn_sigma=True,
+            )
+    return presets

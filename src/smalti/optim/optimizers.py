@@ -1,0 +1,156 @@
+"""Optimisers: AdamW as the papers use it, and Muon for the matrices inside the blocks with AdamW for the rest."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from smalti.types import UserError
+
+# Coefficients of Newton-Schulz steps on the singular values, each optimal for the range the step before leaves.
+# Source: Amsel et al. 2025, "The Polar Express", algorithm 2 (with its safety factor), for five steps.
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW on every parameter (Loshchilov and Hutter 2019)."""
+
+    kind: ClassVar[str] = "adamw"
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_learning_rate("optimizer.learning_rate", self.learning_rate)
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    """Muon on the matrices inside the blocks, AdamW on embeddings, modulation, output and vectors.
+
+    learning_rate is Muon's, in the units of AdamW's (updates are scaled to AdamW's usual size, see Muon);
+    adamw_learning_rate serves the rest. Source: Jordan et al. 2024; Liu et al. 2025 ("Muon is scalable"), eq. 4.
+    """
+
+    kind: ClassVar[str] = "muon"
+    learning_rate: float = 2e-3
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    adamw_learning_rate: float = 2e-3
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_learning_rate("optimizer.learning_rate", self.learning_rate)
+        _check_learning_rate("optimizer.adamw_learning_rate", self.adamw_learning_rate)
+        if not 1 <= self.newton_schulz_steps <= len(_POLAR_EXPRESS):
+            raise UserError(
+                f"optimizer.newton_schulz_steps={self.newton_schulz_steps} must be in 1..{len(_POLAR_EXPRESS)}"
+            )
+
+
+OptimizerConfig = AdamWConfig | MuonConfig
+
+
+def _check_learning_rate(name: str, value: float) -> None:
+    if value <= 0:
+        raise UserError(f"{name}={value} must be above 0")
+
+
+def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
+    """The nearest (semi-)orthogonal matrix of each [count, rows, columns], rows <= columns, by Newton-Schulz steps.
+
+    The polynomials are multiplied up on the small Gram matrices and applied to the matrices once, which for wide
+    matrices takes half the operations of iterating on them.
+    """
+    x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) * 1.02 + 1e-7)
+    gram = x @ x.mT
+    identity = torch.eye(gram.shape[-1], device=x.device, dtype=x.dtype).expand_as(gram)
+    product = identity
+    for a, b, c in _POLAR_EXPRESS[:steps]:
+        polynomial = torch.baddbmm(gram * b, gram, gram, alpha=c) + a * identity
+        product = polynomial if product is identity else polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    return product @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: every matrix's update has singular values of about 1.
+
+    Matrices of one shape are orthogonalised in one batch. The update is scaled by 0.2 sqrt(max(rows, columns)), which
+    gives it the root mean square of a typical AdamW update. A parameter whose row count is `stacked` times a matrix
+    (fused q, k, v) counts as that many matrices. Source: Jordan et al. 2024; Liu et al. 2025, eq. 4.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float, steps: int, weight_decay: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update; every parameter must have a gradient."""
+        for group in self.param_groups:
+            params = group["params"]
+            grads = [p.grad for p in params]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            directions = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov's look ahead
+            by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+            for p, direction in zip(params, directions, strict=True):
+                rows, columns = direction.shape
+                pieces = rows // columns if rows > columns and rows % columns == 0 and rows // columns == 3 else 1
+                for piece, part in zip(direction.chunk(pieces), p.chunk(pieces), strict=True):
+                    wide = piece.shape[0] <= piece.shape[1]
+                    piece, part = (piece, part) if wide else (piece.mT, part.mT)
+                    by_shape.setdefault((piece.shape[0], piece.shape[1]), []).append((piece, part))
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for (_, columns), entries in by_shape.items():
+                updates = orthogonalise(torch.stack([piece for piece, _ in entries]), group["steps"])
+                scale = 0.2 * columns**0.5
+                torch._foreach_add_([part for _, part in entries], updates.unbind(0), alpha=-group["lr"] * scale)
+
+
+def build_optimizers(config: OptimizerConfig, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """The optimisers of a run by name. Muon takes the matrices whose names begin with "blocks."."""
+    named = list(model.named_parameters())
+    fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
+    if isinstance(config, AdamWConfig):
+        return {
+            "adamw": torch.optim.AdamW(
+                [p for _, p in named],
+                lr=config.learning_rate,
+                betas=(config.beta1, config.beta2),
+                weight_decay=config.weight_decay,
+                fused=fused,
+            )
+        }
+    matrices = [p for name, p in named if name.startswith("blocks.") and p.ndim == 2]
+    rest = [p for name, p in named if not (name.startswith("blocks.") and p.ndim == 2)]
+    return {
+        "muon": Muon(
+            matrices, config.learning_rate, config.momentum, config.newton_schulz_steps, config.weight_decay
+        ),
+        "adamw": torch.optim.AdamW(
+            rest,
+            lr=config.adamw_learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=fused,
+        ),
+    }

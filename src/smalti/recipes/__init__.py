@@ -1,0 +1,26 @@
+"""Recipes: one function a run; each docstring gives the command, the time and the score to expect."""
+
+from collections.abc import Callable
+
+from smalti.config import RunConfig
+from smalti.recipes.digits import mnist, mnist_ddpm
+from smalti.types import unknown_name
+
+_RECIPES: dict[str, Callable[[], RunConfig]] = {"mnist": mnist, "mnist-ddpm": mnist_ddpm}
+
+
+def recipe_names() -> list[str]:
+    """The known recipes."""
+    return sorted(_RECIPES)
+
+
+def recipe(name: str) -> RunConfig:
+    """A recipe's config by name. Raises UserError with the nearest names."""
+    if name not in _RECIPES:
+        raise unknown_name("recipe", name, _RECIPES)
+    return _RECIPES[name]()
+
+
+def recipe_summary(name: str) -> str:
+    """The first line of a recipe's docstring."""
+    return (_RECIPES[name].__doc__ or "").strip().splitlines()[0]

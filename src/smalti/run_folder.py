@@ -1,0 +1,106 @@
+"""The run directory: where each thing of a run lies, and reading it back.
+
+    config.json       everything that defines the run          checkpoints/      see checkpoint.py
+    run.json          how, where and when it was trained        samples/          grids drawn while training
+    metrics.jsonl     losses; the same bytes for the same run   samples.png       the newest grid
+    timing.jsonl      images a second, seconds                  tensorboard/      the same for TensorBoard
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smalti.config import RunConfig, from_json, to_json
+from smalti.types import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The run's full config."""
+        return self.path / "config.json"
+
+    @property
+    def record(self) -> Path:
+        """How the run was trained."""
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """Losses by step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        """Speed by step."""
+        return self.path / "timing.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def previews(self) -> Path:
+        """Grids drawn while training."""
+        return self.path / "samples"
+
+    @property
+    def newest_grid(self) -> Path:
+        """The last grid drawn."""
+        return self.path / "samples.png"
+
+    @property
+    def failure(self) -> Path:
+        """What is kept of a step whose loss was not finite."""
+        return self.path / "failure"
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(body, indent=2) + "\n")
+    partial.replace(path)
+
+
+def read_config(path: Path) -> RunConfig:
+    """The config of a run directory. Raises UserError where there is no run or its config does not parse."""
+    folder = RunFolder(path)
+    if not path.exists():
+        raise UserError(f"there is no run at {path}: train one with `smalti train mnist --out {path}`")
+    if not folder.config.is_file():
+        raise UserError(f"{path} is not a run directory: {folder.config} is missing")
+    try:
+        body = json.loads(folder.config.read_text())
+    except ValueError as error:
+        raise UserError(f"{folder.config} is damaged: {error}") from None
+    if not isinstance(body, dict):
+        raise UserError(f"{folder.config} is damaged: it holds no object")
+    config = from_json(RunConfig, body)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def write_config(folder: RunFolder, config: RunConfig) -> None:
+    """Write config.json."""
+    write_json(folder.config, to_json(config))
+
+
+def read_record(folder: RunFolder) -> dict[str, Any]:
+    """run.json, or an empty record where it is missing or damaged."""
+    try:
+        body = json.loads(folder.record.read_text())
+    except (OSError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}

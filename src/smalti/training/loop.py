@@ -1,0 +1,329 @@
+"""The training loop: one function that a reader can follow from the first step to the last checkpoint."""
+
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import smalti
+from smalti.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, prune_checkpoints
+from smalti.config import Budget, RunConfig, to_json
+from smalti.data.digits import LabelledPictures, load_digits
+from smalti.diffusion.objective import per_sample_loss
+from smalti.diffusion.processes import Process, make_process
+from smalti.images import class_columns, grid_picture
+from smalti.optim.schedule import learning_rate_factor
+from smalti.pipeline import Pipeline
+from smalti.run_folder import RunFolder, read_config, read_record, write_config, write_json
+from smalti.training.batch import Batch, training_batch, validation_batch
+from smalti.training.display import PlainDisplay, TrainingDisplay, terminal_display
+from smalti.training.metrics import MetricLogs, truncate_log
+from smalti.training.state import TrainingState, new_state, restore_state, save_state
+from smalti.types import Backbone, UserError
+
+Outcome = str  # "finished", "interrupted"
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is not finite; the message says where the batch and the last good state lie."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a call of train() ended."""
+
+    folder: RunFolder
+    outcome: Outcome
+    step: int
+    seconds: float
+
+
+def budget_progress(budget: Budget, state: TrainingState, batch_size: int, num_rows: int) -> float:
+    """Share of the budget that is spent, in [0, 1]."""
+    if budget.unit == "minutes":
+        return min(1.0, state.seconds / (60 * budget.amount))
+    steps = budget.amount if budget.unit == "steps" else budget.amount * num_rows / batch_size
+    return min(1.0, state.step / math.ceil(steps))
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second one acts at once. Only the main thread can listen."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def prepare_folder(config: RunConfig, path: Path, *, resume: bool, overwrite: bool) -> RunFolder:
+    """Make (or check) the run directory. Raises UserError when it holds something that the flags do not allow for."""
+    folder = RunFolder(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is a file; give a folder")
+    occupied = path.exists() and any(path.iterdir())
+    if occupied and not resume:
+        if not overwrite:
+            raise UserError(
+                f"{path} exists: pass --resume to go on with it, --overwrite to start over, or another --out"
+            )
+        if not folder.config.exists():
+            raise UserError(f"{path} exists and holds no run: --overwrite only replaces runs; give another --out")
+        shutil.rmtree(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if resume and folder.config.exists():
+            before = read_config(path)
+            if replace(before, budget=config.budget) != config:
+                raise UserError(f"--resume: the run at {path} has another config ({_first_difference(before, config)})")
+        write_config(folder, config)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {path}: {error.strerror}") from None
+    return folder
+
+
+def _first_difference(before: RunConfig, now: RunConfig) -> str:
+    def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(body, dict):
+            return {prefix: body}
+        return {k: v for name, part in body.items() for k, v in flatten(part, f"{prefix}.{name}".strip(".")).items()}
+
+    old, new = flatten(to_json(before)), flatten(to_json(now))
+    name = next(n for n in {**old, **new} if old.get(n) != new.get(n) and not n.startswith("budget"))
+    return f"{name}: it has {old.get(name)}, asked for is {new.get(name)}"
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    display: TrainingDisplay | None = None,
+) -> TrainingResult:
+    """Train a run into the folder `out`, or go on with the one there (resume=True).
+
+    With a budget in steps or epochs the result is a function of the config: a run killed at any moment and resumed ends
+    with the same bytes of weights, averages and metrics. With a budget in minutes the schedule follows the clock.
+    Raises UserError for the caller's mistakes, TrainingDiverged for a loss that is not finite, OSError for a full disk.
+    """
+    folder = prepare_folder(config, out, resume=resume, overwrite=overwrite)
+    training_rows, held_out_rows = (_to_device(rows, device) for rows in load_digits())
+    state = new_state(config, torch.device(device))
+    display = display or terminal_display()
+    log_size = 0
+    if resume:
+        log_size = _restore_newest(state, folder, display)
+    for log in (folder.metrics,):
+        truncate_log(log, log_size)
+    _write_record(folder, config, state, "running")
+    process = make_process(config.process)
+    with _stop_requests() as stop, MetricLogs(folder, state.step) as logs, display:
+        run = _Run(config, folder, process, state, logs, display, training_rows, held_out_rows)
+        outcome = run.until_done(stop)
+    _write_record(folder, config, state, outcome)
+    return TrainingResult(folder, outcome, state.step, state.seconds)
+
+
+def _to_device(rows: LabelledPictures, device: str) -> LabelledPictures:
+    return LabelledPictures(rows.images.to(device), rows.class_labels.to(device))
+
+
+def _restore_newest(state: TrainingState, folder: RunFolder, display: TrainingDisplay) -> int:
+    """Restore the newest whole checkpoint; returns the size of the metrics log at that time."""
+    if not list_checkpoints(folder.checkpoints):
+        display.message(f"no checkpoint in {folder.checkpoints} yet: starting from the first step")
+        return 0
+    checkpoint, complaints = newest_checkpoint(folder.checkpoints)
+    for complaint in complaints:
+        display.message(f"warning: {complaint}; going on from the older {checkpoint.folder.name}")
+    try:
+        restore_state(state, checkpoint)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.folder} does not fit this config: {error}") from None
+    display.message(f"resuming at step {state.step}")
+    return int(checkpoint.state["metrics_bytes"])
+
+
+def _write_record(folder: RunFolder, config: RunConfig, state: TrainingState, outcome: str) -> None:
+    record = read_record(folder)
+    record.setdefault("started", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    record |= {
+        "command": " ".join(sys.argv),
+        "outcome": outcome,
+        "step": state.step,
+        "images": state.step * config.loop.batch_size,
+        "seconds": round(state.seconds, 1),
+        "smalti": smalti.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+    write_json(folder.record, record)
+
+
+@dataclass
+class _Run:
+    """One session of training; the methods are the parts of the loop, in the order they are reached."""
+
+    config: RunConfig
+    folder: RunFolder
+    process: Process
+    state: TrainingState
+    logs: MetricLogs
+    display: TrainingDisplay
+    training_rows: LabelledPictures
+    held_out_rows: LabelledPictures
+
+    def until_done(self, stop: threading.Event) -> Outcome:
+        """Steps until the budget is spent or a stop is asked for; saves at the end either way."""
+        config, state, loop = self.config, self.state, self.config.loop
+        network = torch.compile(state.model) if loop.compile else state.model
+        last_time = time.perf_counter()
+        window: list[float] = []  # seconds of the last steps, without validation and pictures
+        progress = self._progress()
+        if progress >= 1:
+            self.display.message(f"already finished: {state.step} steps; a larger budget goes on")
+            return "finished"
+        while progress < 1 and not stop.is_set():
+            started = time.perf_counter()
+            loss, gradient_norm, rate = self._step(network, progress)
+            window = [*window[-49:], time.perf_counter() - started]
+            state.step += 1
+            state.seconds += time.perf_counter() - last_time
+            last_time = time.perf_counter()
+            progress = self._progress()
+            speed = loop.batch_size * len(window) / sum(window)
+            if state.step % loop.log_every == 0:
+                self.logs.write(state.step, {"loss": loss, "gradient_norm": gradient_norm, "learning_rate": rate})
+                self.logs.write_timing(state.step, {"images_per_second": speed, "seconds": state.seconds})
+            self.display.update(state.step, progress, loss, speed, self._seconds_left(progress, window))
+            if state.step % loop.validate_every == 0 or progress >= 1:
+                self._validate()
+            if state.step % loop.preview_every == 0 or progress >= 1:
+                self._draw()
+            if state.step % loop.checkpoint_every == 0 or progress >= 1:
+                self._save()
+        if progress < 1:
+            path = self._save()
+            self.display.message(f"stopped at step {state.step}; saved {path}; go on with --resume")
+            return "interrupted"
+        return "finished"
+
+    def _progress(self) -> float:
+        return budget_progress(
+            self.config.budget, self.state, self.config.loop.batch_size, len(self.training_rows)
+        )
+
+    def _seconds_left(self, progress: float, window: list[float]) -> float:
+        budget = self.config.budget
+        if budget.unit == "minutes":
+            return 60 * budget.amount - self.state.seconds
+        steps_left = self.state.step / max(progress, 1e-9) * (1 - progress)
+        return steps_left * sum(window) / len(window)
+
+    def _step(self, network: Any, progress: float) -> tuple[float, float, float]:
+        """Forward, backward, clip, update, average; returns loss, gradient norm and learning rate."""
+        config, state = self.config, self.state
+        factor = learning_rate_factor(config.schedule, state.step, progress)
+        batch = training_batch(config, self.process, self.training_rows, state.step)
+        loss = per_sample_loss(
+            network, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond
+        ).mean()
+        for parameter in state.parameters:
+            parameter.grad = None
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.loop.clip_norm)
+        loss_value, norm_value = loss.item(), norm.item()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self._diverged(batch, loss_value, norm_value)
+        rate = 0.0
+        for optimizer in state.optimizers.values():
+            for group in optimizer.param_groups:
+                group.setdefault("full_lr", group["lr"])
+                group["lr"] = rate = factor * group["full_lr"]
+            optimizer.step()
+        state.update_average(config.ema.decay(state.step + 1))
+        return loss_value, norm_value, rate
+
+    def _diverged(self, batch: Batch, loss: float, norm: float) -> None:
+        """Keep the batch and the weights that met it, then stop."""
+        self.folder.failure.mkdir(exist_ok=True)
+        tensors = {"x0": batch.x0, "eps": batch.eps, "t": batch.t}
+        if batch.cond is not None and batch.cond.class_labels is not None:
+            tensors["class_labels"] = batch.cond.class_labels
+        save_file(tensors, self.folder.failure / "batch.safetensors")
+        save_file(self.state.model.state_dict(), self.folder.failure / "model.safetensors")
+        if self.state.weights_are_finite():
+            self._save()
+        good = list_checkpoints(self.folder.checkpoints)
+        last_good = f"the last good state is {good[-1]}" if good else "no checkpoint had been written yet"
+        raise TrainingDiverged(
+            f"loss {loss}, gradient norm {norm} at step {self.state.step}: the batch and the weights are in "
+            f"{self.folder.failure}; {last_good}; try a lower learning rate (--set learning_rate=...)"
+        )
+
+    @torch.inference_mode()
+    def _validate(self) -> None:
+        config, average = self.config, self.state.average
+        batch = validation_batch(config, self.process, self.held_out_rows)
+        assert isinstance(average, Backbone)
+        loss = per_sample_loss(
+            average, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond
+        ).mean()
+        self.logs.write(self.state.step, {"validation_loss": loss.item()})
+        self.display.message(f"step {self.state.step}: validation loss {loss.item():.5f}")
+
+    def _draw(self) -> None:
+        """A grid of samples from the averaged weights; fixed seeds, so that grids compare."""
+        assert isinstance(self.state.average, Backbone)
+        pipeline = Pipeline(self.state.average, self.config)
+        num_classes = self.config.model.num_classes
+        columns = num_classes or 10
+        if num_classes:
+            tensor = pipeline(class_columns(num_classes, 4), seed=0).tensor
+        else:
+            tensor = pipeline(num_images=4 * columns, seed=0).tensor
+        picture = grid_picture(tensor, columns, zoom=2)
+        path = self.folder.previews / f"step_{self.state.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        picture.save(self.folder.newest_grid)
+        self.logs.write_picture(self.state.step, np.asarray(picture))
+        self.display.picture(str(path))
+
+    def _save(self) -> Path:
+        path = save_state(self.state, self.folder.checkpoints, {"metrics_bytes": self.logs.metrics_size()})
+        prune_checkpoints(self.folder.checkpoints, self.config.loop.keep_checkpoints)
+        return path
+
+
+__all__ = ["PlainDisplay", "TrainingDiverged", "TrainingResult", "train"]

@@ -1,0 +1,58 @@
+"""What a run writes while it trains: metrics.jsonl (the same bytes for the same run), timing.jsonl, TensorBoard."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from smalti.run_folder import RunFolder
+
+
+def truncate_log(path: Path, size: int) -> None:
+    """Cut a log back to what it held when a checkpoint was written, so that resuming writes on without doubles."""
+    if path.exists() and path.stat().st_size > size:
+        with path.open("r+b") as file:
+            file.truncate(size)
+
+
+class MetricLogs:
+    """Open logs of a run; use as a context."""
+
+    def __init__(self, folder: RunFolder, first_step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._metrics = folder.metrics.open("ab")
+        self._timing = folder.timing.open("ab")
+        self._board: Any = SummaryWriter(str(folder.tensorboard), purge_step=first_step)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """A row of deterministic values (losses, norms, rates)."""
+        self._metrics.write((json.dumps({"step": step, **values}) + "\n").encode())
+        self._metrics.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def write_timing(self, step: int, values: dict[str, float]) -> None:
+        """A row of speeds and times, which differ from run to run."""
+        self._timing.write((json.dumps({"step": step, **values}) + "\n").encode())
+        self._timing.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"timing/{name}", value, step)
+
+    def write_picture(self, step: int, array: Any) -> None:
+        """A grid, [height, width] or [height, width, 3] uint8, for TensorBoard."""
+        self._board.add_image("samples", array, step, dataformats="HW" if array.ndim == 2 else "HWC")
+
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl so far."""
+        return self._metrics.tell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._timing.close()
+        self._board.close()

@@ -1,0 +1,84 @@
+"""Everything that changes while a run trains, and its way into a checkpoint and back."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smalti.checkpoint import Checkpoint, save_checkpoint
+from smalti.config import RunConfig
+from smalti.models.registry import build_model
+from smalti.optim.ema import update_ema
+from smalti.optim.optimizers import build_optimizers
+
+
+@dataclass
+class TrainingState:
+    """Weights, their average, optimisers, and how far the run is."""
+
+    model: nn.Module
+    average: nn.Module
+    optimizers: dict[str, torch.optim.Optimizer]
+    step: int = 0
+    seconds: float = 0.0  # trained so far, over all sessions
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained weights."""
+        return list(self.model.parameters())
+
+    def update_average(self, decay: float) -> None:
+        """Move the average towards the weights."""
+        update_ema(list(self.average.parameters()), list(self.model.parameters()), decay)
+
+    def weights_are_finite(self) -> bool:
+        """Whether no weight is NaN or infinite."""
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+
+
+def new_state(config: RunConfig, device: torch.device) -> TrainingState:
+    """The state before the first step."""
+    model = build_model(config.model, config.seed).to(device)
+    average = copy.deepcopy(model).requires_grad_(False).eval()
+    return TrainingState(model, average, build_optimizers(config.optimizer, model))
+
+
+def _optimizer_tensors(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, optimizer in optimizers.items():
+        for index, entries in optimizer.state_dict()["state"].items():
+            for key, value in entries.items():
+                tensors[f"{name}/{index}/{key}"] = value
+    return tensors
+
+
+def _restore_optimizers(optimizers: dict[str, torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    for name, optimizer in optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for path, tensor in tensors.items():
+            owner, index, key = path.split("/")
+            if owner == name:
+                state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_state(state: TrainingState, folder: Path, extra: dict[str, Any]) -> Path:
+    """Write a checkpoint of the state; extra goes into its JSON. Raises OSError."""
+    tensors = {
+        "model": state.model.state_dict(),
+        "ema": state.average.state_dict(),
+        "optimizer": _optimizer_tensors(state.optimizers),
+    }
+    return save_checkpoint(folder, state.step, tensors, {"seconds": state.seconds, **extra})
+
+
+def restore_state(state: TrainingState, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's values into a state of the same config."""
+    state.model.load_state_dict(checkpoint.tensors["model"])
+    state.average.load_state_dict(checkpoint.tensors["ema"])
+    _restore_optimizers(state.optimizers, checkpoint.tensors["optimizer"])
+    state.step = checkpoint.step
+    state.seconds = float(checkpoint.state["seconds"])

@@ -1,0 +1,83 @@
+"""What joins the rooms of the house: conditions, the Backbone and Denoiser protocols, the user's errors.
+
+Shape legend used in names all over smalti: B batch, N tokens, D width, H heads, K head width, C channels, L layers.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """A mistake of the caller's: the message names the field, its value and what is allowed. The CLI exits with 2."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a registry: says which names are near and which exist."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return UserError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a picture should be of: one row a sample; a network reads the fields it knows.
+
+    class_labels: int64 [batch]. text_embeds: [batch, tokens, width]. text_mask: bool [batch, tokens].
+    pooled_embeds: [batch, width]. guidance: [batch], for networks that are fed a distilled guidance scale.
+    micro_conditions: [batch, values], sizes, crops and scores as SDXL and aMUSEd take them.
+    """
+
+    class_labels: Tensor | None = None
+    text_embeds: Tensor | None = None
+    text_mask: Tensor | None = None
+    pooled_embeds: Tensor | None = None
+    guidance: Tensor | None = None
+    micro_conditions: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same condition with change(tensor) in place of each field that is set."""
+        present = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(value) for name, value in present.items() if value is not None})
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same condition on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+
+def concat_conditions(*parts: Condition) -> Condition:
+    """Join conditions along the batch. All must set the same fields (UserError otherwise)."""
+    joined: dict[str, Any] = {}
+    for f in fields(Condition):
+        values = [getattr(part, f.name) for part in parts]
+        present = [value for value in values if value is not None]
+        if present and len(present) != len(values):
+            raise UserError(f"{f.name} is set in some of the joined conditions and missing in others")
+        joined[f.name] = torch.cat(present) if present else None
+    return Condition(**joined)
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A network: raw output from a noisy input, its time in the network's own unit, and a condition."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """x [batch, channels, height, width], t [batch] -> raw output of the same height and width."""
+        ...
+
+    def null_condition(self, batch_size: int) -> Condition | None:
+        """The condition that says nothing, for guidance; None where the network takes no condition."""
+        ...
+
+
+class Denoiser(Protocol):
+    """An estimate of the clean sample: a network joined with a process, possibly guided."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """x [batch, ...] at time t [batch] in [0, 1] -> x0 estimate of the shape of x."""
+        ...
