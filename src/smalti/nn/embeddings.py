@@ -3,6 +3,8 @@
 Shapes: B batch, C channels, N tokens, D width, K head width, P = C * patch_size^2.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -17,8 +19,8 @@ def sinusoid(
     frequency_shift is 0 in the papers' code and 1 in diffusers' DiT. Source: DiT (Peebles and Xie 2023), models.py.
     """
     half = width // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - frequency_shift)
-    angles = t.float()[:, None] * torch.pow(torch.tensor(max_period, device=t.device), -exponents)
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(exponents / (half - frequency_shift))
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))
 
 

@@ -1,0 +1,55 @@
+"""What `smalti info` prints of a run or a recipe."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from smalti.config import RunConfig, to_json
+from smalti.models.registry import build_model, count_parameters, forward_flops
+from smalti.recipes import recipe, recipe_names
+from smalti.run_folder import RunFolder, read_config, read_record
+from smalti.types import UserError
+
+
+def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _flat(body: object, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(body, dict):
+        return [row for name, part in body.items() for row in _flat(part, f"{prefix}.{name}".lstrip("."))]
+    return [(prefix, str(body))]
+
+
+def _model_tables(config: RunConfig) -> list[Table]:
+    with torch.device("meta"):
+        parts = count_parameters(build_model(config.model))
+    rows = [(name, f"{count:,}") for name, count in parts.items()] + [("total", f"{sum(parts.values()):,}")]
+    flops = forward_flops(config.model)
+    cost = [
+        ("forward", f"{flops / 1e6:,.1f} MFLOP a picture"),
+        ("training step", f"{3 * flops * config.loop.batch_size / 1e9:,.1f} GFLOP at batch {config.loop.batch_size}"),
+    ]
+    return [_pairs("[bold]Parameters", rows), _pairs("[bold]Cost", cost)]
+
+
+def describe(name: str) -> RenderableType:
+    """Tables of a run directory or a recipe's name. Raises UserError for what is neither."""
+    path = Path(name)
+    if not path.exists() and name in recipe_names():
+        config, trained = recipe(name), [("recipe", f"not trained yet: smalti train {name}")]
+    elif not path.exists() and "/" not in name:
+        raise UserError(f"{name!r} is neither a run directory nor a recipe; recipes: {', '.join(recipe_names())}")
+    else:
+        config = read_config(path)
+        trained = [(key, str(value)) for key, value in read_record(RunFolder(path)).items()]
+    return Group(
+        *_model_tables(config),
+        _pairs("[bold]Training", trained),
+        _pairs("[bold]Config (each name is what --set takes)", _flat(to_json(config))),
+    )

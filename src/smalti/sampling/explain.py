@@ -1,0 +1,41 @@
+"""A plan as a table that a person can read."""
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from smalti.sampling.plan import Plan, Row
+
+
+def _formula(row: Row, names: list[str]) -> str:
+    terms = [f"{value:+.4g} {name}" for value, name in zip(row, names, strict=True) if value != 0.0]
+    return " ".join(terms).removeprefix("+") or "0"
+
+
+def plan_table(plan: Plan) -> Table:
+    """Each network call: t, lambda, sigma, SNR, order, and the new registers as formulas of the old ones."""
+    table = Table(
+        title=f"{plan.solver} on {plan.process.name}: {plan.num_calls} network calls"
+        + (", draws noise" if plan.uses_noise else ", deterministic")
+    )
+    for column in ("call", "t", "network time", "lambda", "sigma", "SNR", "order", "next t"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for register in plan.registers:
+        table.add_column(f"{register} <-")
+    t = torch.tensor(plan.times)
+    log_snr, sigma = plan.process.log_snr(t).tolist(), plan.process.sigma(t).tolist()
+    network_time = plan.process.network_time(t).tolist()
+    names = [*plan.registers, "x0", "z"]
+    for k in range(plan.num_calls):
+        table.add_row(
+            str(k),
+            f"{plan.times[k]:.4f}",
+            f"{network_time[k]:.1f}",
+            f"{log_snr[k]:.3f}",
+            f"{sigma[k]:.4f}",
+            f"{np.exp(min(2 * log_snr[k], 700)):.3g}",
+            str(plan.orders[k]),
+            f"{plan.next_times[k]:.4f}",
+            *(_formula(row, names) for row in plan.matrices[k]),
+        )
+    return table

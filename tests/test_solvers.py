@@ -1,0 +1,214 @@
+"""Solvers against exact truth: orders on a Gaussian and a mixture, marginals of the stochastic ones."""
+
+import numpy as np
+import pytest
+import torch
+from gaussian import GaussianDenoiser, MixtureDenoiser, sample_gaussian_gap
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smalti import rng
+from smalti.diffusion import NetworkDenoiser, make_process
+from smalti.diffusion.prediction import convert_prediction, prediction_types
+from smalti.sampling import ClassifierFreeGuidance, ClippedDenoiser, make_plan, run_plan, solver_names
+from smalti.types import Condition, UserError
+
+MEAN = torch.tensor([0.7, -0.3], dtype=torch.float64)
+VARIANCE = torch.tensor([0.09, 0.5], dtype=torch.float64)
+PROCESSES = ["rectified_flow", "vp_linear", "vp_cosine"]
+
+
+def start(process, t, count=16, dimensions=2):
+    return rng.normal((dimensions,), seed=torch.arange(count), purpose="test", dtype=torch.float64)
+
+
+def slope(errors):
+    """Fitted order from errors at steps n, 2n, 4n, ..."""
+    return -np.polyfit(np.arange(len(errors)), np.log2(errors), 1)[0]
+
+
+@pytest.mark.parametrize("process_name", PROCESSES)
+@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpmpp_2m", 2), ("flow_euler", 1)])
+def test_order_of_convergence_on_a_gaussian(solver, order, process_name):
+    process = make_process(process_name)
+    denoiser = GaussianDenoiser(process, MEAN, VARIANCE)
+    t_start, t_end = (0.95, 0.05)
+    spacing = "time" if solver == "flow_euler" else "lambda"
+    options = {"lower_order_final": False} if solver == "dpmpp_2m" else {}
+    errors = []
+    for steps in (40, 80, 160, 320):
+        plan = make_plan(
+            solver, process=process, num_inference_steps=steps, spacing=spacing, t_start=t_start, t_end=t_end, **options
+        )
+        errors.append(sample_gaussian_gap(denoiser, plan, start(process, t_start), t_end))
+    assert abs(slope(errors) - order) < 0.15 * order, errors
+
+
+def test_order_of_convergence_on_a_mixture_in_64_dimensions():
+    process = make_process("vp_cosine")
+    means = rng.normal((64,), seed=torch.arange(5), purpose="means", dtype=torch.float64)
+    denoiser = MixtureDenoiser(process, means, 0.3)
+    x = start(process, 0.9, dimensions=64)
+
+    def end(solver, steps, **options):
+        plan = make_plan(
+            solver, process=process, num_inference_steps=steps, spacing="lambda", t_start=0.9, t_end=0.1, **options
+        )
+        return run_plan(plan, denoiser, x)
+
+    truth = end("dpmpp_2m", 640, lower_order_final=False)
+    for solver, order, options in (("ddim", 1, {}), ("dpmpp_2m", 2, {"lower_order_final": False})):
+        errors = [float((end(solver, steps, **options) - truth).abs().max()) for steps in (20, 40, 80)]
+        assert abs(slope(errors) - order) < 0.15 * order, (solver, errors)
+
+
+def exact_moments(plan, denoiser):
+    """Mean and variance at the end of a one-register plan started from N(0, 1): the Gaussian's denoiser is affine."""
+    mean, variance = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    for t, (weight_x, weight_x0, weight_z) in zip(plan.times, plan.matrices[:, 0], strict=True):
+        t = torch.full((2,), t, dtype=torch.float64)
+        zero, one = torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)
+        offset = denoiser(zero, t)[0]
+        gain = denoiser(one, t)[0] - offset
+        factor = weight_x + weight_x0 * gain
+        mean, variance = factor * mean + weight_x0 * offset, factor**2 * variance + weight_z**2
+    return mean, variance
+
+
+@pytest.mark.parametrize("process_name", ["vp_linear", "vp_cosine", "rectified_flow"])
+@pytest.mark.parametrize(("solver", "options"), [("ddpm", {}), ("ddpm", {"variance": "large"}), ("ddim", {"eta": 1.0})])
+def test_stochastic_solvers_keep_the_marginals_to_first_order(solver, options, process_name):
+    process = make_process(process_name)
+    denoiser = GaussianDenoiser(process, MEAN, VARIANCE)
+    errors = []
+    for steps in (250, 500, 1000):
+        plan = make_plan(solver, process=process, num_inference_steps=steps, spacing="lambda", **options)
+        mean, variance = exact_moments(plan, denoiser)
+        errors.append(float(torch.cat([(mean - MEAN) / VARIANCE.sqrt(), variance / VARIANCE - 1]).abs().max()))
+    assert errors[-1] < 0.03, errors
+    assert errors[0] > 1.5 * errors[1] > 2.2 * errors[2], errors
+
+
+def test_fresh_noise_has_the_variance_that_the_plan_says():
+    process = make_process("vp_linear")
+    denoiser = GaussianDenoiser(process, MEAN, VARIANCE)
+    plan = make_plan("ddpm", process=process, num_inference_steps=20)
+    count = 20_000
+    end = run_plan(plan, denoiser, start(process, 1.0, count=count))
+    mean, variance = exact_moments(plan, denoiser)
+    assert ((end.mean(0) - mean).abs() < 4 * (variance / count).sqrt()).all()
+    assert ((end.var(0) / variance - 1).abs() < 4 * (2 / count) ** 0.5).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    solver=st.sampled_from(solver_names()),
+    process_name=st.sampled_from([*PROCESSES, "vp_linear_discrete", "vp_cosine_discrete"]),
+    steps=st.integers(1, 12),
+    spacing=st.sampled_from([None, "time", "lambda", "quadratic"]),
+)
+def test_every_plan_is_finite_and_ends_on_the_estimate(solver, process_name, steps, spacing):
+    """At sigma = 0 nothing of the noise remains: the last row gives x0 itself (and with a perfect x0, the truth)."""
+    process = make_process(process_name)
+    plan = make_plan(solver, process=process, num_inference_steps=steps, spacing=spacing)
+    assert plan.num_calls == steps
+    assert np.isfinite(plan.matrices).all()
+    assert (np.diff(plan.times) < 0).all()
+    assert plan.next_times[-1] == 0.0
+    truth = torch.full((2, 3), 0.25, dtype=torch.float64)
+    x = rng.normal((3,), seed=torch.arange(2), purpose="x", dtype=torch.float64)
+    end = run_plan(plan, lambda x, t, cond=None: truth, x)
+    torch.testing.assert_close(end, truth, rtol=0, atol=1e-9)
+
+
+def test_solvers_run_from_pure_noise_where_lambda_is_infinite():
+    process = make_process("rectified_flow")
+    for solver in solver_names():
+        if solver == "ddpm":
+            continue
+        plan = make_plan(solver, process=process, num_inference_steps=8, spacing="time", t_start=1.0)
+        assert np.isfinite(plan.matrices).all()
+
+
+def test_dpmpp_2m_row_is_the_published_formula():
+    process = make_process("vp_cosine")
+    plan = make_plan("dpmpp_2m", process=process, num_inference_steps=8, spacing="time", t_start=0.9, t_end=0.2)
+    t = torch.tensor([*plan.times, 0.2], dtype=torch.float64)
+    alpha, sigma, lam = process.alpha(t), process.sigma(t), process.log_snr(t)
+    h, h_last = lam[4] - lam[3], lam[3] - lam[2]
+    r = h_last / h
+    weight = -alpha[4] * torch.expm1(-h)
+    expected = [sigma[4] / sigma[3], -weight / (2 * r), weight * (1 + 1 / (2 * r)), 0.0]  # x, h1, x0, z
+    np.testing.assert_allclose(plan.matrices[3, 0], [float(e) for e in expected], rtol=1e-12)
+
+
+def test_denoiser_is_the_same_through_every_prediction_type():
+    """A network that answers in any prediction type gives the exact Gaussian's denoiser."""
+    for name in PROCESSES:
+        process = make_process(name)
+        exact = GaussianDenoiser(process, MEAN, VARIANCE)
+        x, t = start(process, 0.5), torch.linspace(0.1, 0.9, 16, dtype=torch.float64)
+        for kind in prediction_types():
+
+            class Network:
+                def __call__(self, x, network_time, cond=None, kind=kind, process=process, exact=exact):
+                    return convert_prediction("x0", kind, process, t, x, exact(x, t))
+
+                def null_condition(self, batch_size):
+                    return None
+
+            estimate = NetworkDenoiser(Network(), process, kind)(x, t)
+            torch.testing.assert_close(estimate, exact(x, t), rtol=1e-6, atol=1e-8)
+
+
+def test_guidance_is_affine_and_takes_one_forward():
+    calls = []
+
+    def denoiser(x, t, cond):
+        calls.append(len(x))
+        return x * 0 + cond.class_labels[:, None].to(x.dtype)
+
+    x, t = torch.randn(3, 2), torch.full((3,), 0.5)
+    null = Condition(class_labels=torch.full((3,), 10))
+    guided = ClassifierFreeGuidance(denoiser, null, 2.0)(x, t, Condition(class_labels=torch.tensor([1, 2, 3])))
+    assert torch.equal(guided[:, 0], 10 + 2.0 * (torch.tensor([1.0, 2.0, 3.0]) - 10))
+    assert calls == [6]
+
+
+def test_clipping_acts_on_the_estimate():
+    clipped = ClippedDenoiser(lambda x, t, cond=None: 3 * x)
+    assert torch.equal(clipped(torch.tensor([[-1.0, 0.2]]), torch.tensor([0.5])), torch.tensor([[-1.0, 0.6]]).clamp(-1, 1))
+
+
+def test_noise_of_a_trajectory_depends_on_its_seed_alone():
+    process = make_process("vp_linear")
+    denoiser = GaussianDenoiser(process, MEAN, VARIANCE)
+    plan = make_plan("ddpm", process=process, num_inference_steps=10)
+    seeds = torch.tensor([7, 8, 9])
+    x = start(process, 1.0, count=3)
+    together = run_plan(plan, denoiser, x, seeds=seeds)
+    for i in range(3):
+        assert torch.equal(run_plan(plan, denoiser, x[i : i + 1], seeds=seeds[i : i + 1]), together[i : i + 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"name": "dpmpp2m"}, "did you mean 'dpmpp_2m'"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"spacing": "lamda"}, "did you mean 'lambda'"),
+        ({"eta": 1.0}, "'eta' has no effect on solver 'dpmpp_2m'"),
+        ({"t_start": 0.1, "t_end": 0.5}, "t_end < t_start"),
+    ],
+)
+def test_bad_plans_are_refused(arguments, says):
+    arguments = {"name": "dpmpp_2m", "num_inference_steps": 5, "process": make_process("vp_linear"), **arguments}
+    with pytest.raises(UserError, match=says):
+        make_plan(arguments.pop("name"), **arguments)
+
+
+def test_wrong_seeds_are_refused():
+    process = make_process("vp_linear")
+    plan = make_plan("ddim", process=process, num_inference_steps=2)
+    with pytest.raises(UserError, match="one seed a sample"):
+        run_plan(plan, lambda x, t, cond=None: x, torch.zeros(2, 2), seeds=torch.arange(3))
