@@ -1,0 +1,24 @@
+"""Tiny runs for tests."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from smalti.config import Budget, RunConfig, apply_overrides
+from smalti.recipes import recipe
+
+TINY = [
+    "model.width=32", "depth=1", "num_heads=2", "batch_size=8", "log_every=1", "checkpoint_every=3",
+    "validate_every=7", "preview_every=1000", "sampling.num_inference_steps=2", "warmup_steps=2",
+]  # fmt: skip
+
+
+def tiny_config(steps: int = 12, *overrides: str) -> RunConfig:
+    """DiT of 32 channels and one block, 8 digits a step."""
+    return replace(apply_overrides(recipe("mnist"), [*TINY, *overrides]), budget=Budget("steps", steps))
+
+
+def final_bytes(run: Path) -> dict[str, bytes]:
+    """What must be equal between two runs: weights, average, optimiser and the metrics log."""
+    newest = sorted((run / "checkpoints").glob("step_*"))[-1]
+    files = {name: newest / f"{name}.safetensors" for name in ("model", "ema", "optimizer")}
+    return {name: path.read_bytes() for name, path in {**files, "metrics": run / "metrics.jsonl"}.items()}
