@@ -1,7 +1,7 @@
 """Run as a program: train, SIGKILL at random moments (some of them during a save), resume, until done.
 
-Usage: kill_rounds.py FOLDER STEPS KILLS SEED. Prints one JSON line. Imports once, then forks: every round is a process of
-its own that is really killed.
+Usage: kill_rounds.py FOLDER STEPS KILLS SEED. Prints one JSON line. Imports once, then forks: every round is a process
+of its own that is really killed.
 """
 
 import json

@@ -46,13 +46,19 @@ def test_any_flipped_bit_or_truncation_is_found_and_named(tmp_path, data):
     else:
         content = content[:position]
     path.write_bytes(content)
-    try:
-        read = read_checkpoint(folder)
-    except CheckpointError as error:
-        assert path.name in str(error) or "missing" in str(error)
+    outcome = _read_or_complaint(folder)
+    if isinstance(outcome, str):
+        assert path.name in outcome or "missing" in outcome
     else:  # white space of the JSON may change without changing what it says
         assert path.name == "state.json"
-        assert read.state["seconds"] == 1.5
+        assert outcome.state["seconds"] == 1.5
+
+
+def _read_or_complaint(folder):
+    try:
+        return read_checkpoint(folder)
+    except CheckpointError as error:
+        return str(error)
 
 
 def test_damage_falls_back_to_the_older_one(tmp_path):

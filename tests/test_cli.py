@@ -152,7 +152,9 @@ def test_info_of_a_run_and_of_a_recipe(run, capsys):
     assert "83.3 MFLOP" in said
 
 
-@pytest.mark.parametrize(("damage", "says"), [("truncate", "is damaged"), ("flip", "is damaged"), ("remove", "is missing")])
+@pytest.mark.parametrize(
+    ("damage", "says"), [("truncate", "is damaged"), ("flip", "is damaged"), ("remove", "is missing")]
+)
 def test_a_damaged_checkpoint_is_named_and_the_older_offered(run, tmp_path, capsys, damage, says):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -151,7 +151,7 @@ def test_denoiser_is_the_same_through_every_prediction_type():
         for kind in prediction_types():
 
             class Network:
-                def __call__(self, x, network_time, cond=None, kind=kind, process=process, exact=exact):
+                def __call__(self, x, network_time, cond=None, kind=kind, process=process, exact=exact, t=t):
                     return convert_prediction("x0", kind, process, t, x, exact(x, t))
 
                 def null_condition(self, batch_size):
@@ -177,7 +177,9 @@ def test_guidance_is_affine_and_takes_one_forward():
 
 def test_clipping_acts_on_the_estimate():
     clipped = ClippedDenoiser(lambda x, t, cond=None: 3 * x)
-    assert torch.equal(clipped(torch.tensor([[-1.0, 0.2]]), torch.tensor([0.5])), torch.tensor([[-1.0, 0.6]]).clamp(-1, 1))
+    assert torch.equal(
+        clipped(torch.tensor([[-1.0, 0.2]]), torch.tensor([0.5])), torch.tensor([[-1.0, 0.6]]).clamp(-1, 1)
+    )
 
 
 def test_noise_of_a_trajectory_depends_on_its_seed_alone():

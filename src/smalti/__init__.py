@@ -1,8 +1,8 @@
 """smalti: train, sample, measure and serve diffusion transformers.
 
-    pipe = smalti.load("runs/mnist")
-    out = pipe(class_labels=[3, 1, 4], num_inference_steps=20, solver="dpmpp_2m", guidance_scale=2.0, seed=0)
-    out.images[0].save("three.png")
+pipe = smalti.load("runs/mnist")
+out = pipe(class_labels=[3, 1, 4], num_inference_steps=20, solver="dpmpp_2m", guidance_scale=2.0, seed=0)
+out.images[0].save("three.png")
 """
 
 from typing import TYPE_CHECKING, Any

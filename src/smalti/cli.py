@@ -99,9 +99,9 @@ class Eval:
 
     Example: smalti eval runs/mnist
 
-    Draws class-conditional samples; prints the judge's accuracy on them and the Frechet distance in the judge's features
-    against the held-out digits, each with a bootstrap 95 % interval, and writes RUN/evaluation.json. The judge is a small
-    classifier, trained once on the bundled digits (about a minute) and cached.
+    Draws class-conditional samples and prints the judge's accuracy on them and the Frechet distance in the judge's
+    features against the held-out digits, each with a bootstrap 95 % interval; writes RUN/evaluation.json. The judge is
+    a small classifier, trained once on the bundled digits (about a minute) and cached.
     """
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
@@ -218,16 +218,17 @@ def _check_device(device: str) -> None:
 def _train(command: Train) -> int:
     from dataclasses import replace
 
-    from smalti.config import Budget, apply_overrides
+    from smalti.config import Budget, BudgetUnit, apply_overrides
     from smalti.recipes import recipe
     from smalti.training.loop import TrainingDiverged, train
     from smalti.training.memory import keep_freed_memory
 
-    given = [
-        Budget(unit, amount)
-        for unit, amount in (("minutes", command.minutes), ("steps", command.steps), ("epochs", command.epochs))
-        if amount is not None
-    ]
+    amounts: dict[BudgetUnit, float | None] = {
+        "minutes": command.minutes,
+        "steps": command.steps,
+        "epochs": command.epochs,
+    }
+    given = [Budget(unit, amount) for unit, amount in amounts.items() if amount is not None]
     if len(given) > 1:
         raise UserError("give one budget: --minutes, --steps or --epochs, not several")
     if command.resume and command.overwrite:
@@ -358,7 +359,7 @@ def _info(command: Info) -> int:
 def _completion(command: Completion) -> int:
     import shtab
 
-    parser = tyro.extras.get_parser(_subcommands(), prog="smalti", description=_DESCRIPTION)
+    parser: Any = tyro.extras.get_parser(_subcommands(), prog="smalti", description=_DESCRIPTION)
     print(shtab.complete(parser, shell=command.shell))
     return 0
 
@@ -395,9 +396,7 @@ class _progress_bar:
 def _subcommands() -> Any:
     from typing import Union
 
-    members = tuple(
-        Annotated[cls, tyro.conf.subcommand(name, prefix_name=False)] for name, cls in _COMMANDS.items()
-    )
+    members = tuple(Annotated[cls, tyro.conf.subcommand(name, prefix_name=False)] for name, cls in _COMMANDS.items())
     return Union[members]  # noqa: UP007 (built from a tuple)
 
 

@@ -1,11 +1,10 @@
 """RunConfig: everything that defines a run, as frozen dataclasses; strict overrides by name; JSON round trip.
 
 The parts sit beside the classes that they configure (models/dit.py, training/optim.py ...). A part with alternatives
-(optimizer: adamw or muon) is a union of dataclasses that carry a `kind`. A field may say in its metadata that it is read
-only if a neighbour has a certain value ("only_if"); setting it otherwise is an error, since it would do nothing.
+(optimizer: adamw or muon) is a union of dataclasses that carry a `kind`. A field may say in its metadata that it is
+read only if a neighbour has a certain value ("only_if"); setting it otherwise is an error, since it would do nothing.
 """
 
-import dataclasses
 import difflib
 import types
 from collections.abc import Mapping, Sequence
@@ -15,19 +14,21 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from smalti.diffusion.objective import Objective
 from smalti.diffusion.processes import make_process
 from smalti.diffusion.timesteps import LogitNormalTimesteps, TimestepDensity
-from smalti.models.registry import ModelConfig
 from smalti.models.dit import DiTConfig
+from smalti.models.registry import ModelConfig
 from smalti.optim.ema import EmaConfig, PowerEma
 from smalti.optim.optimizers import MuonConfig, OptimizerConfig
 from smalti.optim.schedule import Schedule
 from smalti.types import UserError
+
+BudgetUnit = Literal["steps", "minutes", "epochs"]
 
 
 @dataclass(frozen=True)
 class Budget:
     """How long a run trains."""
 
-    unit: Literal["steps", "minutes", "epochs"] = "minutes"
+    unit: BudgetUnit = "minutes"
     amount: float = 3.0
 
     def __post_init__(self) -> None:
@@ -276,8 +277,8 @@ def _check_effect(config: RunConfig, path: str) -> None:
     part: Any = config
     for name in parents:
         part = getattr(part, name)
-    metadata = next((f.metadata for f in dataclasses.fields(part) if f.name == leaf), {})
-    if "only_if" in metadata:
+    metadata = {f.name: f.metadata for f in fields(part)}.get(leaf)
+    if metadata and "only_if" in metadata:
         neighbour, needed = metadata["only_if"]
         if getattr(part, neighbour) not in needed:
             raise UserError(

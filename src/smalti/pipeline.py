@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -55,7 +56,7 @@ class Pipeline:
         num_inference_steps: int | None = None,
         solver: str | None = None,
         spacing: str | None = None,
-        **solver_options: object,
+        **solver_options: Any,
     ) -> Plan:
         """The plan that a call with these arguments runs; None takes the run's default."""
         defaults = self.config.sampling
@@ -93,7 +94,7 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
         progress: Callable[[int, int], None] | None = None,
-        **solver_options: object,
+        **solver_options: Any,
     ) -> PipelineOutput:
         """Draw pictures.
 
@@ -168,7 +169,9 @@ def _checkpoint_folder(run: RunFolder, name: str | None) -> Path:
         return folders[-1]
     chosen = run.checkpoints / name
     if chosen not in folders:
-        raise CheckpointError(f"no checkpoint {name!r} in {run.checkpoints}; there: {', '.join(f.name for f in folders)}")
+        raise CheckpointError(
+            f"no checkpoint {name!r} in {run.checkpoints}; there: {', '.join(f.name for f in folders)}"
+        )
     return chosen
 
 

@@ -27,7 +27,8 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     """Ten Philox rounds over broadcastable int64 tensors that hold 32-bit words.
 
-    Four counter words and two key words in, four random words in [0, 2^32) out. Source: Salmon et al. 2011, section 4.3.
+    Four counter words and two key words in, four random words in [0, 2^32) out.
+    Source: Salmon et al. 2011, section 3.3.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

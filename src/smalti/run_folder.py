@@ -1,9 +1,9 @@
 """The run directory: where each thing of a run lies, and reading it back.
 
-    config.json       everything that defines the run          checkpoints/      see checkpoint.py
-    run.json          how, where and when it was trained        samples/          grids drawn while training
-    metrics.jsonl     losses; the same bytes for the same run   samples.png       the newest grid
-    timing.jsonl      images a second, seconds                  tensorboard/      the same for TensorBoard
+config.json       everything that defines the run          checkpoints/      see checkpoint.py
+run.json          how, where and when it was trained        samples/          grids drawn while training
+metrics.jsonl     losses; the same bytes for the same run   samples.png       the newest grid
+timing.jsonl      images a second, seconds                  tensorboard/      the same for TensorBoard
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A denoiser joins a network with a process: (x, t, condition) -> x0 estimate. Solvers and guidance see nothing else."""
+"""A denoiser joins a network with a process: (x, t, condition) -> x0 estimate. Solvers and guidance see only it."""
 
 from dataclasses import dataclass
 

@@ -55,9 +55,7 @@ def x0_from_output(prediction_type: str, process: Process, t: Tensor, x: Tensor,
     return _per_sample(b / determinant, x) * x - _per_sample(sigma / determinant, x) * output
 
 
-def convert_prediction(
-    from_type: str, to_type: str, process: Process, t: Tensor, x: Tensor, output: Tensor
-) -> Tensor:
+def convert_prediction(from_type: str, to_type: str, process: Process, t: Tensor, x: Tensor, output: Tensor) -> Tensor:
     """One kind of output from another at x [batch, ...], t [batch]; finite where both kinds determine x0 and eps."""
     if from_type == to_type:
         return output

@@ -1,7 +1,7 @@
 """Processes: what noise means. x_t = alpha(t) x0 + sigma(t) eps, t = 0 is data, t = 1 is noise.
 
-A process owns alpha, sigma, their derivatives, the half-log-SNR lambda = ln(alpha / sigma) with its inverse, and the one
-map from t to the time that a network is fed. Everything takes and gives tensors of any shape; the tables of solvers
+A process owns alpha, sigma, their derivatives, the half-log-SNR lambda = ln(alpha / sigma) with its inverse, and the
+one map from t to the time that a network is fed. Everything takes and gives tensors of any shape; the tables of solvers
 are computed from them in float64.
 """
 
@@ -191,7 +191,9 @@ def cosine_betas(steps: int = 1000, s: float = 0.008, largest: float = 0.999) ->
 
 @dataclass(frozen=True)
 class VPDiscrete(_VariancePreserving):
-    """A table of betas, step i at t = (i + 1) / steps, ln alpha piecewise linear between. Source: DPM-Solver, app. D.2."""
+    """A table of betas, step i at t = (i + 1) / steps, ln alpha piecewise linear between.
+
+    Source: DPM-Solver, app. D.2."""
 
     name: str
     betas: Callable[[], Tensor]

@@ -57,17 +57,14 @@ class DiTConfig:
             if getattr(self, name) <= 0:
                 raise UserError(f"model.{name}={getattr(self, name)} must be above 0")
         if height % self.patch_size or width % self.patch_size or height <= 0 or width <= 0:
-            raise UserError(
-                f"model.image_size={self.image_size} must divide by model.patch_size={self.patch_size}"
-            )
+            raise UserError(f"model.image_size={self.image_size} must divide by model.patch_size={self.patch_size}")
         if self.width % self.num_heads:
             raise UserError(f"model.width={self.width} must divide by model.num_heads={self.num_heads}")
         if "sincos" in self.positions and self.width % 4:
             raise UserError(f"model.width={self.width} must divide by 4 for positions={self.positions!r}")
         if "rope" in self.positions and self.width // self.num_heads % 4:
-            raise UserError(
-                f"model.width/num_heads={self.width // self.num_heads} must divide by 4 for positions={self.positions!r}"
-            )
+            head_width = self.width // self.num_heads
+            raise UserError(f"model.width/num_heads={head_width} must divide by 4 for positions={self.positions!r}")
         if self.num_classes < 0:
             raise UserError(f"model.num_classes={self.num_classes} must not be negative")
 

@@ -52,9 +52,7 @@ def sincos_positions_2d(width: int, rows: int, columns: int) -> Float[Tensor, "N
     return torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1).float()
 
 
-def rope_angles_2d(
-    head_width: int, rows: int, columns: int, theta: float = 100.0
-) -> Float[Tensor, "2 N K"]:
+def rope_angles_2d(head_width: int, rows: int, columns: int, theta: float = 100.0) -> Float[Tensor, "2 N K"]:
     """cos and sin of rotary angles for a grid, the first half of the pairs turned by row, the rest by column.
 
     Each angle stands twice (for both members of an adjacent pair). head_width must divide by 4. theta is small since

@@ -82,7 +82,8 @@ def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
         polynomial = torch.baddbmm(gram * b, gram, gram, alpha=c) + a * identity
         product = polynomial if product is identity else polynomial @ product
         gram = polynomial @ gram @ polynomial
-    return product @ x
+    update: Tensor = product @ x
+    return update
 
 
 class Muon(torch.optim.Optimizer):
@@ -143,9 +144,7 @@ def build_optimizers(config: OptimizerConfig, model: nn.Module) -> dict[str, tor
     matrices = [p for name, p in named if name.startswith("blocks.") and p.ndim == 2]
     rest = [p for name, p in named if not (name.startswith("blocks.") and p.ndim == 2)]
     return {
-        "muon": Muon(
-            matrices, config.learning_rate, config.momentum, config.newton_schulz_steps, config.weight_decay
-        ),
+        "muon": Muon(matrices, config.learning_rate, config.momentum, config.newton_schulz_steps, config.weight_decay),
         "adamw": torch.optim.AdamW(
             rest,
             lr=config.adamw_learning_rate,

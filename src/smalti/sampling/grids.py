@@ -31,8 +31,9 @@ def time_grid(
 ) -> NDArray[np.float64]:
     """num_inference_steps + 1 falling times, from t_start (default: process.t_max) to t_end (default: 0).
 
-    "time" and "quadratic" space t evenly and by squares. "lambda" spaces the half-log-SNR evenly; with t_end at 0, where
-    it is infinite, the last step goes from process.t_min to 0. Raises UserError for steps < 1 and times out of order.
+    "time" and "quadratic" space t evenly and by squares. "lambda" spaces the half-log-SNR evenly; with t_end at 0,
+    where it is infinite, the last step goes from process.t_min to 0.
+    Raises UserError for steps < 1 and for times out of order.
     """
     if num_inference_steps < 1:
         raise UserError(f"num_inference_steps={num_inference_steps} must be at least 1")

@@ -8,6 +8,8 @@ back to first order, whose coefficients stay finite.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ def ddim(process: Process, times: NDArray[np.float64], *, eta: float = 0.0) -> P
     draft = PlanDraft("ddim", process)
     nodes = nodes_of(process, times)
     x, x0, z = draft.symbols("x", "x0", "z")
-    for s, t in zip(nodes[:-1], nodes[1:], strict=True):
+    for s, t in pairwise(nodes):
         eps = (x - s.alpha * x0) / s.sigma
         # sigma_t^2 / sigma_s^2 (1 - alpha_s^2 sigma_t^2 / (alpha_t^2 sigma_s^2)): eq. 16 for any alpha and sigma.
         remaining = (s.alpha * t.sigma / (t.alpha * s.sigma)) ** 2
@@ -83,7 +85,7 @@ def ddpm(process: Process, times: NDArray[np.float64], *, variance: str = "small
     draft = PlanDraft("ddpm", process)
     nodes = nodes_of(process, times)
     x, x0, z = draft.symbols("x", "x0", "z")
-    for s, t in zip(nodes[:-1], nodes[1:], strict=True):
+    for s, t in pairwise(nodes):
         step_alpha = s.alpha / t.alpha
         step_variance = s.sigma**2 - (step_alpha * t.sigma) ** 2  # of q(x_s | x_t)
         mean = (step_alpha * t.sigma**2 * x + t.alpha * step_variance * x0) / s.sigma**2
@@ -101,8 +103,8 @@ def dpmpp_2m(process: Process, times: NDArray[np.float64], *, lower_order_final:
     """
     draft = PlanDraft("dpmpp_2m", process, ("x", "h1"))
     nodes = nodes_of(process, times)
-    x, x0, previous_x0 = draft.symbols("x", "x0", "h1")
-    for i, (s, t) in enumerate(zip(nodes[:-1], nodes[1:], strict=True)):
+    x0, previous_x0 = draft.symbols("x0", "h1")
+    for i, (s, t) in enumerate(pairwise(nodes)):
         h = t.log_snr - s.log_snr
         last = i == len(nodes) - 2
         usable = i > 0 and math.isfinite(h) and math.isfinite(nodes[i - 1].log_snr)
@@ -127,11 +129,11 @@ def flow_euler(process: Process, times: NDArray[np.float64]) -> Plan:
     draft = PlanDraft("flow_euler", process)
     nodes = nodes_of(process, times)
     x, x0 = draft.symbols("x", "x0")
-    for s, t in zip(nodes[:-1], nodes[1:], strict=True):
+    for s, t in pairwise(nodes):
         weight_x, weight_x0 = _velocity_weights(process, s)
         row = x + (t.t - s.t) * (weight_x * x + weight_x0 * x0)
-        # Where sigma reaches 0 along a curved path, dsigma/dt has no bound and Euler would leave noise behind: the exact
-        # first-order step goes to the estimate. On the straight path the two are the same.
+        # Where sigma reaches 0 along a curved path, dsigma/dt has no bound and Euler would leave noise behind: the
+        # exact first-order step goes to the estimate. On the straight path the two are the same.
         draft.call(s.t, t.t, 1, x=_first_order(draft, s, t) if t.sigma == 0.0 else row)
     return draft.finish()
 
@@ -178,7 +180,7 @@ def make_plan(
     spacing: str | None = None,
     t_start: float | None = None,
     t_end: float | None = None,
-    **options: object,
+    **options: Any,
 ) -> Plan:
     """The plan of a solver by name.
 

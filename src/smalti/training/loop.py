@@ -205,7 +205,7 @@ class _Run:
 
     def until_done(self, stop: threading.Event) -> Outcome:
         """Steps until the budget is spent or a stop is asked for; saves at the end either way."""
-        config, state, loop = self.config, self.state, self.config.loop
+        state, loop = self.state, self.config.loop
         network = torch.compile(state.model) if loop.compile else state.model
         last_time = time.perf_counter()
         window: list[float] = []  # seconds of the last steps, without validation and pictures
@@ -239,9 +239,7 @@ class _Run:
         return "finished"
 
     def _progress(self) -> float:
-        return budget_progress(
-            self.config.budget, self.state, self.config.loop.batch_size, len(self.training_rows)
-        )
+        return budget_progress(self.config.budget, self.state, self.config.loop.batch_size, len(self.training_rows))
 
     def _seconds_left(self, progress: float, window: list[float]) -> float:
         budget = self.config.budget
@@ -255,9 +253,7 @@ class _Run:
         config, state = self.config, self.state
         factor = learning_rate_factor(config.schedule, state.step, progress)
         batch = training_batch(config, self.process, self.training_rows, state.step)
-        loss = per_sample_loss(
-            network, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond
-        ).mean()
+        loss = per_sample_loss(network, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond).mean()
         for parameter in state.parameters:
             parameter.grad = None
         loss.backward()
@@ -296,9 +292,7 @@ class _Run:
         config, average = self.config, self.state.average
         batch = validation_batch(config, self.process, self.held_out_rows)
         assert isinstance(average, Backbone)
-        loss = per_sample_loss(
-            average, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond
-        ).mean()
+        loss = per_sample_loss(average, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond).mean()
         self.logs.write(self.state.step, {"validation_loss": loss.item()})
         self.display.message(f"step {self.state.step}: validation loss {loss.item():.5f}")
 

@@ -23,7 +23,7 @@ class MetricLogs:
 
         self._metrics = folder.metrics.open("ab")
         self._timing = folder.timing.open("ab")
-        self._board: Any = SummaryWriter(str(folder.tensorboard), purge_step=first_step)  # type: ignore[no-untyped-call]
+        self._board: Any = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """A row of deterministic values (losses, norms, rates)."""
