@@ -4,7 +4,6 @@ Its accuracy on class-conditional samples says whether they are what was asked f
 distance. Seconds on a CPU, and nothing to download.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from smalti.data.digits import LabelledPictures, load_digits, to_signed_unit
 from smalti.data.order import batch_indices
 
 FEATURE_WIDTH = 64
+_VERSION = 1  # of what is cached: raise it with any change to the network, its training or its data
 _EPOCHS, _BATCH_SIZE, _LEARNING_RATE = 12, 128, 4e-3
 
 
@@ -111,14 +111,10 @@ def cache_folder() -> Path:
 
 
 def load_judge(progress: Callable[[int, int], None] | None = None) -> Judge:
-    """The cached judge, trained first where there is none; a damaged cache is trained again.
-
-    The cache's name holds a digest of this file, so that a changed judge never reads an old one's weights.
-    """
+    """The cached judge, trained first where there is none; a damaged cache is trained again."""
     from safetensors.torch import load_file, save_file
 
-    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    path = cache_folder() / f"judge-{digest}.safetensors"
+    path = cache_folder() / f"judge-v{_VERSION}.safetensors"
     judge = Judge().eval()
     if path.exists():
         try:

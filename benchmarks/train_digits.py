@@ -1,0 +1,117 @@
+"""Training speed of DiT-Tiny on digits: smalti against a straightforward eager DiT and diffusers' class.
+
+    python benchmarks/train_digits.py [--batch-size 128] [--rounds 15] [--compile]
+
+All train the same objective with AdamW and an average of the weights, interleaved in one process. `--compile` adds
+smalti under torch.compile, its compilation not counted.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import diffusers
+import torch
+import tyro
+from reference_dit import ReferenceDiT
+from timing import interleaved, machine, matmul_gflops, write_row
+from torch import nn
+
+from smalti.config import apply_overrides
+from smalti.data.digits import load_digits
+from smalti.diffusion.objective import noisy_input, per_sample_loss
+from smalti.diffusion.processes import make_process
+from smalti.models import forward_flops
+from smalti.models.dit import DiTConfig
+from smalti.recipes import recipe
+from smalti.training.batch import training_batch
+from smalti.training.memory import keep_freed_memory
+from smalti.training.state import new_state
+
+
+def peer_step(model: nn.Module, forward: Callable[..., torch.Tensor], batch_size: int) -> Callable[[], None]:
+    """One training step as the usual script writes it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    average = copy.deepcopy(model).requires_grad_(False)
+    rows, _ = load_digits()
+    process = make_process("rectified_flow")
+
+    def step() -> None:
+        x0, labels = rows.rows(torch.randint(0, len(rows), (batch_size,)))
+        eps = torch.randn_like(x0)
+        t = torch.sigmoid(torch.randn(batch_size))
+        labels = torch.where(torch.rand(batch_size) < 0.1, 10, labels)
+        loss = torch.nn.functional.mse_loss(forward(noisy_input(process, t, x0, eps), 1000 * t, labels), eps - x0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+                mean.mul_(0.999).add_(weight, alpha=0.001)
+
+    return step
+
+
+def smalti_step(batch_size: int, activation: str, compiled: bool) -> Callable[[], None]:
+    """One training step of smalti's loop, without its logs."""
+    config = apply_overrides(recipe("mnist"), ["optimizer=adamw", f"batch_size={batch_size}"])
+    config = replace(config, model=DiTConfig(activation=activation, initialisation="wide"))
+    state, process, (rows, _) = new_state(config, torch.device("cpu")), make_process(config.process), load_digits()
+    network = torch.compile(state.model) if compiled else state.model
+
+    def step() -> None:
+        batch = training_batch(config, process, rows, state.step)
+        loss = per_sample_loss(network, process, config.objective, batch.x0, batch.eps, batch.t, batch.cond).mean()
+        for parameter in state.parameters:
+            parameter.grad = None
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(state.parameters, 1.0)
+        for optimizer in state.optimizers.values():
+            optimizer.step()
+        state.step += 1
+        state.update_average(0.999)
+
+    return step
+
+
+def main(batch_size: int = 128, rounds: int = 15, compile: bool = False, threads: int = 2) -> None:
+    """Measure and append a row to benchmarks/results/train_digits.jsonl."""
+    keep_freed_memory()
+    torch.manual_seed(0)
+    peak = matmul_gflops(threads)
+    reference = ReferenceDiT()
+    theirs = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=4, sample_size=28,
+        patch_size=4, num_embeds_ada_norm=10,
+    )  # fmt: skip
+
+    def diffusers_forward(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return theirs(x, timestep=t, class_labels=labels).sample
+
+    candidates = {
+        "reference eager": peer_step(reference, reference, batch_size),
+        "diffusers eager": peer_step(theirs, diffusers_forward, batch_size),
+        "smalti eager": smalti_step(batch_size, "gelu", False),
+    }
+    if compile:
+        candidates["smalti compiled"] = smalti_step(batch_size, "gelu_tanh", True)
+    seconds = interleaved(candidates, rounds)
+    flops = 3 * forward_flops(DiTConfig()) * batch_size
+    base = seconds["reference eager"]
+    table = {
+        name: {
+            "images_per_second": round(batch_size / s["median"], 1),
+            "fastest_images_per_second": round(batch_size / s["fastest"], 1),
+            "against_reference": round(base["median"] / s["median"], 3),
+            "against_reference_fastest": round(base["fastest"] / s["fastest"], 3),
+            "share_of_matmul_peak_fastest": round(flops / s["fastest"] / 1e9 / peak, 3),
+        }
+        for name, s in seconds.items()
+    }
+    peers = {"diffusers": diffusers.__version__, "matmul_gflops": round(peak)}
+    write_row("train_digits", {"batch_size": batch_size, "rounds": rounds, **machine(), **peers, "results": table})
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
