@@ -290,3 +290,14 @@ def test_a_pipeline_gives_the_same_from_many_threads(run):
     with ThreadPoolExecutor(8) as pool:
         at_once = list(pool.map(lambda c: pipe(**c, num_inference_steps=3).tensor, calls))
     assert all(torch.equal(a, b) for a, b in zip(in_turn, at_once, strict=True))
+
+
+def test_a_checkpoint_of_another_network_is_refused_in_one_line(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run / "checkpoints", copy / "checkpoints")  # the config is lost
+    code, _, error = called(
+        capsys, "train", "mnist", "--steps", 12, "--resume", "--out", copy, "--set", *TINY, "qk_norm=true"
+    )
+    assert code == 2
+    assert "does not fit this config" in error
+    assert len(error.strip().splitlines()) == 1

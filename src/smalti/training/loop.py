@@ -166,7 +166,8 @@ def _restore_newest(state: TrainingState, folder: RunFolder, display: TrainingDi
     try:
         restore_state(state, checkpoint)
     except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint.folder} does not fit this config: {error}") from None
+        first_lines = " ".join(str(error).split("\n")[:2])
+        raise CheckpointError(f"{checkpoint.folder} does not fit this config: {first_lines}") from None
     display.message(f"resuming at step {state.step}")
     return int(checkpoint.state["metrics_bytes"])
 
