@@ -38,6 +38,7 @@ def called(capsys, *arguments):
     return stop.value.code or 0, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_a_whole_session_of_the_real_command(tmp_path):
     """Train in plain lines without a terminal, then sample with a manifest."""
     out = tmp_path / "run"
@@ -200,6 +201,7 @@ def _wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"no {count} steps: {process.communicate()[1]}")
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     command = [*SMALTI, "train", "mnist", "--steps", "100000", "--out", str(out), "--set", *TINY]
@@ -213,6 +215,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert (out / "checkpoints" / f"step_{step:08d}").is_dir()
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_live_bar(tmp_path):
     """Through a real pseudo-terminal."""
     primary, secondary = pty.openpty()
@@ -234,24 +237,38 @@ def test_a_terminal_gets_a_live_bar(tmp_path):
     assert b"images/s" in seen
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(run, tmp_path, capsys, monkeypatch):
-    """A file-size limit stands in for the full disk where no small one can be mounted."""
-    import errno
+PRIVATE_MOUNTS = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
 
-    from smalti import checkpoint
 
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    before = sorted(p.name for p in (copy / "checkpoints").iterdir())
+def _can_mount() -> bool:
+    """Whether this machine lets a test mount a small disk that only the test sees."""
+    try:
+        probe = [*PRIVATE_MOUNTS, "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /mnt"]
+        return subprocess.run(probe, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    code, _, error = called(capsys, "train", "mnist", "--steps", 12, "--resume", "--out", copy, "--set", *TINY)
-    assert code == 1
-    assert "No space left" in error
-    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == before
+@pytest.mark.slow
+@pytest.mark.skipif(not _can_mount(), reason="no private mounts here")
+def test_a_really_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    """A disk of 1 MiB, full at the third checkpoint."""
+    disk, after = tmp_path / "disk", tmp_path / "after"
+    disk.mkdir()
+    train_there = " ".join(
+        [*SMALTI, "train mnist --steps 400 --out", str(disk / "run"), "--set", *TINY, "keep_checkpoints=20"]
+    )
+    script = f"mount -t tmpfs -o size=1m tmpfs {disk} && {train_there}; code=$?; ls -A {disk}/run/checkpoints > {after}"
+    result = subprocess.run(
+        [*PRIVATE_MOUNTS, "sh", "-c", f"{script}; exit $code"], capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 1, result.stderr
+    assert "No space left" in result.stderr
+    assert "--resume" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    kept = after.read_text().split()
+    assert len(kept) >= 2
+    assert all(name.startswith("step_") for name in kept)
 
 
 def test_a_read_only_place_is_the_users_mistake(tmp_path, capsys):

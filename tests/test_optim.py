@@ -29,8 +29,8 @@ def test_fused_qkv_is_three_matrices():
     fused.grad = gradient
     for part, piece in zip(parts, gradient.chunk(3), strict=True):
         part.grad = piece.clone()
-    for params in ([fused], parts):
-        Muon(params, lr=0.1, momentum=0.9, steps=5, weight_decay=0.0).step()
+    for params, pieces in (([fused], 3), (parts, 1)):
+        Muon([{"params": params, "pieces": pieces}], lr=0.1, momentum=0.9, steps=5, weight_decay=0.0).step()
     torch.testing.assert_close(fused.detach(), torch.cat([p.detach() for p in parts]))
 
 

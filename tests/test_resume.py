@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from training_runs import final_bytes, tiny_config
 
@@ -14,6 +15,7 @@ from smalti.training.display import PlainDisplay
 from smalti.training.loop import train
 
 
+@pytest.mark.slow
 def test_ten_kills_change_no_byte(tmp_path):
     program = Path(__file__).parent / "kill_rounds.py"
     result = subprocess.run(

@@ -90,14 +90,20 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every matrix's update has singular values of about 1.
 
     Matrices of one shape are orthogonalised in one batch. The update is scaled by 0.2 sqrt(max(rows, columns)), which
-    gives it the root mean square of a typical AdamW update. A parameter whose row count is `stacked` times a matrix
-    (fused q, k, v) counts as that many matrices. Source: Jordan et al. 2024; Liu et al. 2025, eq. 4.
+    gives it the root mean square of a typical AdamW update. A parameter group with pieces=3 holds fused q, k, v: each
+    third of the rows counts as a matrix of its own. Source: Jordan et al. 2024; Liu et al. 2025, eq. 4.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float, steps: int, weight_decay: float
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        steps: int,
+        weight_decay: float,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "steps": steps, "weight_decay": weight_decay, "pieces": 1}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -113,9 +119,7 @@ class Muon(torch.optim.Optimizer):
             directions = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov's look ahead
             by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for p, direction in zip(params, directions, strict=True):
-                rows, columns = direction.shape
-                pieces = rows // columns if rows > columns and rows % columns == 0 and rows // columns == 3 else 1
-                for piece, part in zip(direction.chunk(pieces), p.chunk(pieces), strict=True):
+                for piece, part in zip(direction.chunk(group["pieces"]), p.chunk(group["pieces"]), strict=True):
                     wide = piece.shape[0] <= piece.shape[1]
                     piece, part = (piece, part) if wide else (piece.mT, part.mT)
                     by_shape.setdefault((piece.shape[0], piece.shape[1]), []).append((piece, part))
@@ -141,10 +145,14 @@ def build_optimizers(config: OptimizerConfig, model: nn.Module) -> dict[str, tor
                 fused=fused,
             )
         }
-    matrices = [p for name, p in named if name.startswith("blocks.") and p.ndim == 2]
-    rest = [p for name, p in named if not (name.startswith("blocks.") and p.ndim == 2)]
+    matrices = {name: p for name, p in named if name.startswith("blocks.") and p.ndim == 2}
+    groups = [
+        {"params": [p for name, p in matrices.items() if name.endswith("qkv.weight")], "pieces": 3},
+        {"params": [p for name, p in matrices.items() if not name.endswith("qkv.weight")]},
+    ]
+    rest = [p for name, p in named if name not in matrices]
     return {
-        "muon": Muon(matrices, config.learning_rate, config.momentum, config.newton_schulz_steps, config.weight_decay),
+        "muon": Muon(groups, config.learning_rate, config.momentum, config.newton_schulz_steps, config.weight_decay),
         "adamw": torch.optim.AdamW(
             rest,
             lr=config.adamw_learning_rate,
