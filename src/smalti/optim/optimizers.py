@@ -146,7 +146,7 @@ def build_optimizers(config: OptimizerConfig, model: nn.Module) -> dict[str, tor
             )
         }
     matrices = {name: p for name, p in named if name.startswith("blocks.") and p.ndim == 2}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for name, p in matrices.items() if name.endswith("qkv.weight")], "pieces": 3},
         {"params": [p for name, p in matrices.items() if not name.endswith("qkv.weight")]},
     ]

@@ -30,7 +30,7 @@ from smalti.optim.schedule import learning_rate_factor
 from smalti.pipeline import Pipeline
 from smalti.run_folder import RunFolder, read_config, read_record, write_config, write_json
 from smalti.training.batch import Batch, training_batch, validation_batch
-from smalti.training.display import PlainDisplay, TrainingDisplay, terminal_display
+from smalti.training.display import TrainingDisplay, terminal_display
 from smalti.training.metrics import MetricLogs, truncate_log
 from smalti.training.state import TrainingState, new_state, restore_state, save_state
 from smalti.types import Backbone, UserError
@@ -137,11 +137,7 @@ def train(
     training_rows, held_out_rows = (_to_device(rows, device) for rows in load_digits())
     state = new_state(config, torch.device(device))
     display = display or terminal_display()
-    log_size = 0
-    if resume:
-        log_size = _restore_newest(state, folder, display)
-    for log in (folder.metrics,):
-        truncate_log(log, log_size)
+    truncate_log(folder.metrics, _restore_newest(state, folder, display) if resume else 0)
     _write_record(folder, config, state, "running")
     process = make_process(config.process)
     with _stop_requests() as stop, MetricLogs(folder, state.step) as logs, display:
@@ -319,6 +315,3 @@ class _Run:
         path = save_state(self.state, self.folder.checkpoints, {"metrics_bytes": self.logs.metrics_size()})
         prune_checkpoints(self.folder.checkpoints, self.config.loop.keep_checkpoints)
         return path
-
-
-__all__ = ["PlainDisplay", "TrainingDiverged", "TrainingResult", "train"]
