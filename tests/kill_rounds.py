@@ -7,6 +7,7 @@ of its own that is really killed.
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -61,17 +62,18 @@ def main(folder: Path, steps: int, kills: int, seed: int) -> None:
     os.waitpid(start(whole, steps), 0)
     duration = time.monotonic() - began
     run, killed, during_save, rounds = folder / "killed", 0, 0, 0
-    while killed < kills:
+    while killed < kills and rounds < 4 * kills:
         rounds += 1
         pid = start(run, steps)
         if killed % 3 == 2:  # wait for a half-written checkpoint, then kill
-            alive = wait_for(lambda: any((run / "checkpoints").glob(".partial-*")), pid, 60)
+            alive = wait_for(lambda: any((run / "checkpoints").glob(".partial-*")), pid, 600)
             if alive:
                 during_save += 1
         else:
             alive = not wait_for(lambda: False, pid, generator.uniform(0.02, 0.35) * duration) and not _gone(pid)
-        if not alive:
-            break  # finished before the kill
+        if not alive:  # it finished before the kill: begin again, the kills so far count
+            shutil.rmtree(run)
+            continue
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         killed += 1
