@@ -141,6 +141,17 @@ def to_json(config: Any) -> Any:
     return config
 
 
+def flat_json(config: Any) -> dict[str, Any]:
+    """to_json's leaves by dotted path, in order."""
+
+    def leaves(body: Any, path: str) -> dict[str, Any]:
+        if not isinstance(body, dict):
+            return {path: body}
+        return {k: v for name, part in body.items() for k, v in leaves(part, f"{path}.{name}".lstrip(".")).items()}
+
+    return leaves(to_json(config), "")
+
+
 def _value_from_json(annotation: Any, value: Any, path: str) -> Any:
     choices = _dataclass_choices(annotation)
     if choices:

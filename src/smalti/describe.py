@@ -6,7 +6,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from smalti.config import RunConfig, to_json
+from smalti.config import RunConfig, flat_json
 from smalti.models.registry import build_model, count_parameters, forward_flops
 from smalti.recipes import recipe, recipe_names
 from smalti.run_folder import RunFolder, read_config, read_record
@@ -18,12 +18,6 @@ def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
-
-
-def _flat(body: object, prefix: str = "") -> list[tuple[str, str]]:
-    if isinstance(body, dict):
-        return [row for name, part in body.items() for row in _flat(part, f"{prefix}.{name}".lstrip("."))]
-    return [(prefix, str(body))]
 
 
 def _model_tables(config: RunConfig) -> list[Table]:
@@ -51,5 +45,8 @@ def describe(name: str) -> RenderableType:
     return Group(
         *_model_tables(config),
         _pairs("[bold]Training", trained),
-        _pairs("[bold]Config (each name is what --set takes)", _flat(to_json(config))),
+        _pairs(
+            "[bold]Config (each name is what --set takes)",
+            [(path, str(value)) for path, value in flat_json(config).items()],
+        ),
     )

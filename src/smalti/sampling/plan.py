@@ -148,7 +148,8 @@ def run_plan(
         x0 = denoiser(current, t_batch, cond)
         noise = fresh_noise(current, seeds, call) if matrix[:, -1].any() else None
         sources = [*registers, x0, noise]
-        keeps = [not row.any() or (row[i] == 1.0 and np.count_nonzero(row) == 1) for i, row in enumerate(matrix)]
+        # A register that keeps itself may still be unwritten, so it is passed on rather than combined.
+        keeps = [row[i] == 1.0 and np.count_nonzero(row) == 1 for i, row in enumerate(matrix)]
         registers = [
             registers[i] if keep else combine(row, sources)
             for i, (keep, row) in enumerate(zip(keeps, matrix, strict=True))

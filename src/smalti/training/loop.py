@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import smalti
 from smalti.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, prune_checkpoints
-from smalti.config import Budget, RunConfig, to_json
+from smalti.config import Budget, RunConfig, flat_json
 from smalti.data.digits import LabelledPictures, load_digits
 from smalti.diffusion.objective import per_sample_loss
 from smalti.diffusion.processes import Process, make_process
@@ -108,12 +108,7 @@ def prepare_folder(config: RunConfig, path: Path, *, resume: bool, overwrite: bo
 
 
 def _first_difference(before: RunConfig, now: RunConfig) -> str:
-    def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(body, dict):
-            return {prefix: body}
-        return {k: v for name, part in body.items() for k, v in flatten(part, f"{prefix}.{name}".strip(".")).items()}
-
-    old, new = flatten(to_json(before)), flatten(to_json(now))
+    old, new = flat_json(before), flat_json(now)
     name = next(n for n in {**old, **new} if old.get(n) != new.get(n) and not n.startswith("budget"))
     return f"{name}: it has {old.get(name)}, asked for is {new.get(name)}"
 
