@@ -1,12 +1,15 @@
 """Sampling speed: 20 guided DPM-Solver++(2M) calls of DiT-Tiny, smalti against diffusers' network and scheduler.
 
-    python benchmarks/sample_digits.py [--batch-sizes 1 16] [--rounds 7] [--compile]
+    python benchmarks/sample_digits.py [--batch-sizes 1 16] [--rounds 15] [--compile]
 
-Both run conditional and unconditional rows in one forward. Random weights: speed does not depend on them.
+Both run conditional and unconditional rows in one forward, each in a process of its own, interleaved. smalti's
+processes keep freed memory, as `smalti sample` does; `--peers-keep-memory` gives diffusers' that too. Random weights:
+speed does not depend on them.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import torch
@@ -20,8 +23,10 @@ from smalti.recipes import recipe
 from smalti.training.memory import keep_freed_memory
 
 
-def diffusers_sampler(batch_size: int, steps: int) -> Callable[[], torch.Tensor]:
+def diffusers_sampler(batch_size: int, steps: int, keep_memory: bool) -> Callable[[], torch.Tensor]:
     """As diffusers' DiTPipeline does it, without its progress bar."""
+    if keep_memory:
+        keep_freed_memory()
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=4, sample_size=28,
         patch_size=4, num_embeds_ada_norm=10,
@@ -44,6 +49,7 @@ def diffusers_sampler(batch_size: int, steps: int) -> Callable[[], torch.Tensor]
 
 def smalti_sampler(batch_size: int, steps: int, compiled: bool) -> Callable[[], torch.Tensor]:
     """The pipeline as a user calls it, on the same plain DiT-Tiny."""
+    keep_freed_memory()
     config = replace(recipe("mnist"), model=DiTConfig(activation="gelu_tanh" if compiled else "gelu"))
     backbone = build_model(config.model).eval().requires_grad_(False)
     pipe = Pipeline(backbone, config)
@@ -54,20 +60,22 @@ def smalti_sampler(batch_size: int, steps: int, compiled: bool) -> Callable[[], 
 
 
 def main(
-    batch_sizes: tuple[int, ...] = (1, 16), steps: int = 20, rounds: int = 7, compile: bool = False, threads: int = 2
+    batch_sizes: tuple[int, ...] = (1, 16),
+    steps: int = 20,
+    rounds: int = 15,
+    compile: bool = False,
+    threads: int = 2,
+    peers_keep_memory: bool = False,
 ) -> None:
     """Measure and append a row a batch size to benchmarks/results/sample_digits.jsonl."""
-    keep_freed_memory()
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
     for batch_size in batch_sizes:
-        candidates = {
-            "diffusers": diffusers_sampler(batch_size, steps),
-            "smalti eager": smalti_sampler(batch_size, steps, False),
+        candidates: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {
+            "diffusers": partial(diffusers_sampler, batch_size, steps, peers_keep_memory),
+            "smalti eager": partial(smalti_sampler, batch_size, steps, False),
         }
         if compile:
-            candidates["smalti compiled"] = smalti_sampler(batch_size, steps, True)
-        seconds = interleaved(candidates, rounds, warmup=1)
+            candidates["smalti compiled"] = partial(smalti_sampler, batch_size, steps, True)
+        seconds = interleaved(candidates, rounds, threads)
         base = seconds["diffusers"]
         table = {
             name: {
@@ -78,8 +86,14 @@ def main(
             }
             for name, s in seconds.items()
         }
-        peers = {"diffusers_version": diffusers.__version__}
-        write_row("sample_digits", {"batch_size": batch_size, "calls": steps, **machine(), **peers, "results": table})
+        setting = {
+            "batch_size": batch_size,
+            "calls": steps,
+            "rounds": rounds,
+            "diffusers_version": diffusers.__version__,
+            "peers_keep_memory": peers_keep_memory,
+        }
+        write_row("sample_digits", {**setting, **machine(threads), "results": table})
 
 
 if __name__ == "__main__":

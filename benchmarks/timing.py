@@ -1,32 +1,65 @@
 """Interleaved timing of several candidates, and rows with the machine they were measured on."""
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import track
+
+Step = Callable[[], object]  # one round of a candidate
+
+
+def _serve_rounds(connection: Connection, factory: Callable[[], Step], threads: int) -> None:
+    """In a candidate's own process: build it, then time one round for each message that comes."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    run = factory()
+    connection.send("built")
+    while connection.recv() == "go":
+        started = time.perf_counter()
+        run()
+        connection.send(time.perf_counter() - started)
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+    factories: dict[str, Callable[[], Step]], rounds: int, threads: int, warmup: int = 2
 ) -> dict[str, dict[str, float]]:
     """Seconds of each candidate, measured in turn round by round: median, and the fastest round.
 
-    On a shared machine the fastest round is the one that was least disturbed; quote the ratio of both.
+    Each candidate lives in a process of its own, so that none gains from what another does to its process (allocator
+    settings, thread pools); only one runs at a time. On a shared machine the fastest round is the one that was least
+    disturbed; quote the ratio of both. Factories must be importable (functools.partial of a module's function).
     """
-    for run in candidates.values():
+    context = multiprocessing.get_context("spawn")
+    connections: dict[str, Connection] = {}
+    for name, factory in factories.items():
+        ours, theirs = context.Pipe()
+        context.Process(target=_serve_rounds, args=(theirs, factory, threads), daemon=True).start()
+        theirs.close()
+        assert ours.recv() == "built"
+        connections[name] = ours
+
+    def one_round(connection: Connection) -> float:
+        connection.send("go")
+        return float(connection.recv())
+
+    for connection in connections.values():
         for _ in range(warmup):
-            run()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+            one_round(connection)
+    seconds: dict[str, list[float]] = {name: [] for name in factories}
+    for _ in track(range(rounds), "rounds", console=Console(stderr=True), transient=True):
+        for name, connection in connections.items():
+            seconds[name].append(one_round(connection))
+    for connection in connections.values():
+        connection.send("end")
     return {name: {"median": statistics.median(s), "fastest": min(s)} for name, s in seconds.items()}
 
 
@@ -42,7 +75,7 @@ def matmul_gflops(threads: int, seconds: float = 0.5) -> float:
     return 2 * 1024**3 / best / 1e9
 
 
-def machine() -> dict[str, object]:
+def machine(threads: int) -> dict[str, object]:
     """What the figures were measured on."""
     model = "unknown"
     if Path("/proc/cpuinfo").exists():
@@ -52,7 +85,7 @@ def machine() -> dict[str, object]:
         "cpu": model,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -2,13 +2,15 @@
 
     python benchmarks/train_digits.py [--batch-size 128] [--rounds 15] [--compile]
 
-All train the same objective with AdamW and an average of the weights, interleaved in one process. `--compile` adds
-smalti under torch.compile, its compilation not counted.
+All train the same objective with AdamW and an average of the weights, each in a process of its own, interleaved.
+smalti's processes keep freed memory, as `smalti train` does; `--peers-keep-memory` gives the peers that too.
+`--compile` adds smalti and the reference under torch.compile, compilation not counted.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import torch
@@ -29,8 +31,31 @@ from smalti.training.memory import keep_freed_memory
 from smalti.training.state import new_state
 
 
-def peer_step(model: nn.Module, forward: Callable[..., torch.Tensor], batch_size: int) -> Callable[[], None]:
+def reference_step(batch_size: int, keep_memory: bool, compiled: bool) -> Callable[[], None]:
+    """The straightforward DiT."""
+    model = ReferenceDiT()
+    return _peer_step(model, torch.compile(model) if compiled else model, batch_size, keep_memory)
+
+
+def diffusers_step(batch_size: int, keep_memory: bool) -> Callable[[], None]:
+    """diffusers' class of the same size."""
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=4, sample_size=28,
+        patch_size=4, num_embeds_ada_norm=10,
+    )  # fmt: skip
+
+    def forward(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return model(x, timestep=t, class_labels=labels).sample
+
+    return _peer_step(model, forward, batch_size, keep_memory)
+
+
+def _peer_step(
+    model: nn.Module, forward: Callable[..., torch.Tensor], batch_size: int, keep_memory: bool
+) -> Callable[[], None]:
     """One training step as the usual script writes it."""
+    if keep_memory:
+        keep_freed_memory()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     average = copy.deepcopy(model).requires_grad_(False)
     rows, _ = load_digits()
@@ -55,6 +80,7 @@ def peer_step(model: nn.Module, forward: Callable[..., torch.Tensor], batch_size
 
 def smalti_step(batch_size: int, activation: str, compiled: bool) -> Callable[[], None]:
     """One training step of smalti's loop, without its logs."""
+    keep_freed_memory()
     config = apply_overrides(recipe("mnist"), ["optimizer=adamw", f"batch_size={batch_size}"])
     config = replace(config, model=DiTConfig(activation=activation, initialisation="wide"))
     state, process, (rows, _) = new_state(config, torch.device("cpu")), make_process(config.process), load_digits()
@@ -75,28 +101,20 @@ def smalti_step(batch_size: int, activation: str, compiled: bool) -> Callable[[]
     return step
 
 
-def main(batch_size: int = 128, rounds: int = 15, compile: bool = False, threads: int = 2) -> None:
+def main(
+    batch_size: int = 128, rounds: int = 15, compile: bool = False, threads: int = 2, peers_keep_memory: bool = False
+) -> None:
     """Measure and append a row to benchmarks/results/train_digits.jsonl."""
-    keep_freed_memory()
-    torch.manual_seed(0)
     peak = matmul_gflops(threads)
-    reference = ReferenceDiT()
-    theirs = diffusers.DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=4, sample_size=28,
-        patch_size=4, num_embeds_ada_norm=10,
-    )  # fmt: skip
-
-    def diffusers_forward(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return theirs(x, timestep=t, class_labels=labels).sample
-
-    candidates = {
-        "reference eager": peer_step(reference, reference, batch_size),
-        "diffusers eager": peer_step(theirs, diffusers_forward, batch_size),
-        "smalti eager": smalti_step(batch_size, "gelu", False),
+    candidates: dict[str, Callable[[], Callable[[], None]]] = {
+        "reference eager": partial(reference_step, batch_size, peers_keep_memory, False),
+        "diffusers eager": partial(diffusers_step, batch_size, peers_keep_memory),
+        "smalti eager": partial(smalti_step, batch_size, "gelu", False),
     }
     if compile:
-        candidates["smalti compiled"] = smalti_step(batch_size, "gelu_tanh", True)
-    seconds = interleaved(candidates, rounds)
+        candidates["reference compiled"] = partial(reference_step, batch_size, peers_keep_memory, True)
+        candidates["smalti compiled"] = partial(smalti_step, batch_size, "gelu_tanh", True)
+    seconds = interleaved(candidates, rounds, threads)
     flops = 3 * forward_flops(DiTConfig()) * batch_size
     base = seconds["reference eager"]
     table = {
@@ -109,8 +127,14 @@ def main(batch_size: int = 128, rounds: int = 15, compile: bool = False, threads
         }
         for name, s in seconds.items()
     }
-    peers = {"diffusers": diffusers.__version__, "matmul_gflops": round(peak)}
-    write_row("train_digits", {"batch_size": batch_size, "rounds": rounds, **machine(), **peers, "results": table})
+    setting = {
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "diffusers": diffusers.__version__,
+        "peers_keep_memory": peers_keep_memory,
+        "matmul_gflops": round(peak),
+    }
+    write_row("train_digits", {**setting, **machine(threads), "results": table})
 
 
 if __name__ == "__main__":

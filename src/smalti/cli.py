@@ -258,8 +258,10 @@ def _sample(command: Sample) -> int:
 
     import smalti
     from smalti.images import grid_picture
+    from smalti.training.memory import keep_freed_memory
 
     _set_threads(command.threads)
+    keep_freed_memory()
     _check_device(command.device)
     pipe = smalti.load(command.run, checkpoint=command.checkpoint, device=command.device)
     num_classes = pipe.config.model.num_classes
@@ -316,8 +318,10 @@ def _sample(command: Sample) -> int:
 
 def _eval(command: Eval) -> int:
     from smalti.evaluation.digits import evaluate_run
+    from smalti.training.memory import keep_freed_memory
 
     _set_threads(command.threads)
+    keep_freed_memory()
     with _progress_bar("judging") as progress:
         report = evaluate_run(
             command.run,

@@ -18,7 +18,7 @@ class ClassifierFreeGuidance:
 
     denoiser: Denoiser
     null: Condition
-    guidance_scale: float
+    guidance_scale: float | Tensor
 
     def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """x [batch, ...], t [batch] -> guided x0 estimate."""
