@@ -79,6 +79,16 @@ def test_x0_at_pure_noise(name, kind):
         assert not estimate.isfinite().any()
 
 
+@pytest.mark.parametrize("name", process_names())
+def test_x0_at_clean_data(name):
+    """At t = 0 an x0 network is believed, and any other but velocity leaves x as it is."""
+    process, t = make_process(name), torch.zeros(3, dtype=torch.float64)
+    x, output = random_pair(2)
+    assert torch.equal(x0_from_output("x0", process, t, x, output), output)
+    for kind in ("eps", "v", "edm"):
+        torch.testing.assert_close(x0_from_output(kind, process, t, x, output), x)
+
+
 @settings(max_examples=50, deadline=None)
 @given(name=st.sampled_from(process_names()), share=st.floats(0.02, 0.98), seed=st.integers(0, 1000))
 def test_edm_prediction_is_the_published_preconditioning(name, share, seed):
