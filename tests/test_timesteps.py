@@ -56,18 +56,6 @@ def test_recipes_train_on_the_timesteps_that_they_did(name):
     assert torch.equal(training_batch(config, process, rows, 7).t, expected)
 
 
-def test_mode_is_diffusers_formula():
-    from diffusers.training_utils import compute_density_for_timestep_sampling
-
-    process = make_process("rectified_flow")
-    theirs = compute_density_for_timestep_sampling(
-        "mode", 64, mode_scale=1.29, generator=torch.Generator().manual_seed(0)
-    )
-    u = torch.rand(64, generator=torch.Generator().manual_seed(0)).double()
-    ours = share_of(process, ModeTimesteps(1.29)(u, process))
-    torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("density", "published"),
     [
