@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti import rng
-from smalti.diffusion import NetworkDenoiser, make_process
-from smalti.diffusion.prediction import convert_prediction, prediction_types
+from smalti.diffusion import make_process
 from smalti.sampling import ClassifierFreeGuidance, ClippedDenoiser, make_plan, run_plan, solver_names
 from smalti.types import Condition, UserError
 
@@ -140,25 +139,6 @@ def test_dpmpp_2m_row_is_the_published_formula():
     weight = -alpha[4] * torch.expm1(-h)
     expected = [sigma[4] / sigma[3], -weight / (2 * r), weight * (1 + 1 / (2 * r)), 0.0]  # x, h1, x0, z
     np.testing.assert_allclose(plan.matrices[3, 0], [float(e) for e in expected], rtol=1e-12)
-
-
-def test_denoiser_is_the_same_through_every_prediction_type():
-    """A network that answers in any prediction type gives the exact Gaussian's denoiser."""
-    for name in PROCESSES:
-        process = make_process(name)
-        exact = GaussianDenoiser(process, MEAN, VARIANCE)
-        x, t = start(process, 0.5), torch.linspace(0.1, 0.9, 16, dtype=torch.float64)
-        for kind in prediction_types():
-
-            class Network:
-                def __call__(self, x, network_time, cond=None, kind=kind, process=process, exact=exact, t=t):
-                    return convert_prediction("x0", kind, process, t, x, exact(x, t))
-
-                def null_condition(self, batch_size):
-                    return None
-
-            estimate = NetworkDenoiser(Network(), process, kind)(x, t)
-            torch.testing.assert_close(estimate, exact(x, t), rtol=1e-6, atol=1e-8)
 
 
 def test_guidance_is_affine_and_takes_one_forward():

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from smalti.diffusion.objective import Objective
+from smalti.diffusion.objective import Objective, check_objective
 from smalti.diffusion.processes import make_process
-from smalti.diffusion.timesteps import LogitNormalTimesteps, TimestepDensity
+from smalti.diffusion.timesteps import LogitNormalTimesteps, TimestepDensity, check_density
 from smalti.models.dit import DiTConfig
 from smalti.models.registry import ModelConfig
 from smalti.optim.ema import EmaConfig, PowerEma
@@ -104,7 +104,9 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        make_process(self.process)  # raises for an unknown name
+        process = make_process(self.process)  # raises for an unknown name
+        check_objective(self.objective, process)
+        check_density(self.timesteps, process)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} must lie in 0 .. 2^63 - 1")
         if self.model.num_classes and self.model.num_classes < 10:
@@ -195,14 +197,16 @@ def _leaf_paths(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _unused_alternatives(config: Any) -> dict[str, tuple[str, str, str]]:
-    """Dotted path of fields that exist only in an alternative not chosen -> (part, its kind now, the kind needed)."""
-    hints, unused = get_type_hints(type(config)), {}
+    """Dotted path of fields that only alternatives not chosen have -> (part, its kind now, the kinds that have it)."""
+    hints, unused = get_type_hints(type(config)), dict[str, tuple[str, str, str]]()
     for f in fields(config):
         for choice in _dataclass_choices(hints[f.name]):
             current = getattr(config, f.name)
             if not isinstance(current, choice):
                 for inner in fields(choice):
-                    unused[f"{f.name}.{inner.name}"] = (f.name, _kind(type(current)), _kind(choice))
+                    path = f"{f.name}.{inner.name}"
+                    others = f"{unused[path][2]} or " if path in unused else ""
+                    unused[path] = (f.name, _kind(type(current)), others + _kind(choice))
     return unused
 
 

@@ -1,20 +1,35 @@
 """A denoiser joins a network with a process: (x, t, condition) -> x0 estimate. Solvers and guidance see only it."""
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from smalti.diffusion.prediction import x0_from_output
-from smalti.diffusion.processes import Process
-from smalti.types import Backbone, Condition
+from smalti.diffusion.prediction import input_scale, per_sample, x0_from_output
+from smalti.diffusion.process import Process
+from smalti.types import Backbone, Condition, UserError
+
+
+@runtime_checkable
+class VarianceDenoiser(Protocol):
+    """A denoiser that can also say what its network has learned of the step's variance."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """As of any denoiser."""
+        ...
+
+    def with_variance(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        """x0 estimate and variance logits, both of the shape of x."""
+        ...
 
 
 @dataclass(frozen=True)
 class NetworkDenoiser:
     """x0 estimates from a network that predicts prediction_type under process.
 
-    A network with twice the input's channels (learned sigma) is read in its first half.
+    A network with twice the input's channels (learned sigma) is read in its first half. Where alpha = 0 an eps network
+    gives no x0 (inf or nan): prediction.usable_at_pure_noise says so beforehand.
     """
 
     backbone: Backbone
@@ -23,6 +38,26 @@ class NetworkDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """x [batch, channels, ...] at t [batch] in [0, 1] -> x0 estimate of the shape and dtype of x."""
+        x0, _ = self._estimate(x, t, cond)
+        return x0
+
+    def with_variance(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        """x0 estimate and the network's variance logits, both of the shape of x. Source: Nichol and Dhariwal 2021, 3.1.
+
+        Raises UserError for a network whose output has no second half.
+        """
+        x0, rest = self._estimate(x, t, cond)
+        if rest.shape != x.shape:
+            raise UserError(
+                f"the network's output has {x.shape[1] + rest.shape[1]} channels for {x.shape[1]} of input: "
+                f"a learned variance needs {2 * x.shape[1]} (model.learn_sigma)"
+            )
+        return x0, rest
+
+    def _estimate(self, x: Tensor, t: Tensor, cond: Condition | None) -> tuple[Tensor, Tensor]:
+        """x0, and what the output has beyond the input's channels."""
         t64 = t.to(torch.float64) if t.device.type != "mps" else t
-        output = self.backbone(x, self.process.network_time(t64).to(x.dtype), cond)
-        return x0_from_output(self.prediction_type, self.process, t64, x, output[:, : x.shape[1]])
+        scaled = x * per_sample(input_scale(self.prediction_type, self.process, t64), x)
+        output = self.backbone(scaled, self.process.network_time(t64).to(x.dtype), cond)
+        channels = x.shape[1]
+        return x0_from_output(self.prediction_type, self.process, t64, x, output[:, :channels]), output[:, channels:]

@@ -9,8 +9,8 @@ from smalti import rng
 from smalti.config import RunConfig
 from smalti.data.digits import LabelledPictures
 from smalti.data.order import batch_indices
-from smalti.diffusion.processes import Process
-from smalti.diffusion.timesteps import stratify
+from smalti.diffusion.process import Process
+from smalti.diffusion.timesteps import stratify, trained_span
 from smalti.types import Condition
 
 
@@ -24,11 +24,6 @@ class Batch:
     cond: Condition | None
 
 
-def _in_range(process: Process, u: Tensor) -> Tensor:
-    """(0, 1) to the span of t that the process is trained on."""
-    return process.t_min + (process.t_max - process.t_min) * u
-
-
 def training_batch(config: RunConfig, process: Process, rows: LabelledPictures, step: int) -> Batch:
     """The batch of a step (0, 1, ...), on the device of rows; a function of (config.seed, step) alone."""
     size, seed = config.loop.batch_size, config.seed
@@ -39,7 +34,7 @@ def training_batch(config: RunConfig, process: Process, rows: LabelledPictures, 
     eps = rng.normal(tuple(x0.shape[1:]), seed=seed, purpose="train/noise", index=slots, call=step, device=device)
     u = rng.uniform((2,), seed=seed, purpose="train/timestep", index=slots, call=step, device=device)
     share = stratify(u[:, 0], slots, size) if config.loop.stratified_timesteps else u[:, 0]
-    t = _in_range(process, config.timesteps(share))
+    t = config.timesteps(share, process)
     if not config.model.num_classes:
         return Batch(x0, eps, t, None)
     dropped = u[:, 1] < config.loop.label_dropout
@@ -54,6 +49,6 @@ def validation_batch(config: RunConfig, process: Process, rows: LabelledPictures
     x0, labels = rows.rows(slots)
     eps = rng.normal(tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots, device=device)
     # 0.618...: neighbours in row order get far-apart t, so that classes and t do not go together.
-    t = _in_range(process, (slots.double() * 0.6180339887498949 + 0.5) % 1.0)
+    t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)
     cond = Condition(class_labels=labels) if config.model.num_classes else None
     return Batch(x0, eps, t, cond)

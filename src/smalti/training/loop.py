@@ -23,7 +23,7 @@ import smalti
 from smalti.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, prune_checkpoints
 from smalti.config import Budget, RunConfig, flat_json
 from smalti.data.digits import LabelledPictures, load_digits
-from smalti.diffusion.objective import per_sample_loss
+from smalti.diffusion.objective import loss_by_timestep_bin, per_sample_loss
 from smalti.diffusion.processes import Process, make_process
 from smalti.images import class_columns, grid_picture
 from smalti.optim.schedule import learning_rate_factor
@@ -284,9 +284,16 @@ class _Run:
         config, average = self.config, self.state.average
         batch = validation_batch(config, self.process, self.held_out_rows)
         assert isinstance(average, Backbone)
-        loss = per_sample_loss(average, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond).mean()
-        self.logs.write(self.state.step, {"validation_loss": loss.item()})
-        self.display.message(f"step {self.state.step}: validation loss {loss.item():.5f}")
+        losses = per_sample_loss(average, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond)
+        loss = losses.mean().item()
+        means, counts = loss_by_timestep_bin(losses, batch.t)
+        per_bin = {
+            f"validation_loss_t{i}": mean
+            for i, (mean, count) in enumerate(zip(means.tolist(), counts.tolist(), strict=True))
+            if count
+        }
+        self.logs.write(self.state.step, {"validation_loss": loss, **per_bin})
+        self.display.message(f"step {self.state.step}: validation loss {loss:.5f}")
 
     def _draw(self) -> None:
         """A grid of samples from the averaged weights; fixed seeds, so that grids compare."""
