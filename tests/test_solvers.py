@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from smalti import rng
 from smalti.diffusion import NetworkDenoiser, make_process
 from smalti.diffusion.prediction import convert_prediction, prediction_types
-from smalti.sampling import ClassifierFreeGuidance, ClippedDenoiser, make_plan, run_plan, solver_names
-from smalti.types import Condition, UserError
+from smalti.sampling import make_plan, run_plan, solver_names
+from smalti.types import UserError
 
 MEAN = torch.tensor([0.7, -0.3], dtype=torch.float64)
 VARIANCE = torch.tensor([0.09, 0.5], dtype=torch.float64)
@@ -159,27 +159,6 @@ def test_denoiser_is_the_same_through_every_prediction_type():
 
             estimate = NetworkDenoiser(Network(), process, kind)(x, t)
             torch.testing.assert_close(estimate, exact(x, t), rtol=1e-6, atol=1e-8)
-
-
-def test_guidance_is_affine_and_takes_one_forward():
-    calls = []
-
-    def denoiser(x, t, cond):
-        calls.append(len(x))
-        return x * 0 + cond.class_labels[:, None].to(x.dtype)
-
-    x, t = torch.randn(3, 2), torch.full((3,), 0.5)
-    null = Condition(class_labels=torch.full((3,), 10))
-    guided = ClassifierFreeGuidance(denoiser, null, 2.0)(x, t, Condition(class_labels=torch.tensor([1, 2, 3])))
-    assert torch.equal(guided[:, 0], 10 + 2.0 * (torch.tensor([1.0, 2.0, 3.0]) - 10))
-    assert calls == [6]
-
-
-def test_clipping_acts_on_the_estimate():
-    clipped = ClippedDenoiser(lambda x, t, cond=None: 3 * x)
-    assert torch.equal(
-        clipped(torch.tensor([[-1.0, 0.2]]), torch.tensor([0.5])), torch.tensor([[-1.0, 0.6]]).clamp(-1, 1)
-    )
 
 
 def test_noise_of_a_trajectory_depends_on_its_seed_alone():

@@ -57,8 +57,9 @@ class InpaintDenoiser(WrappedDenoiser):
     known. The loop knows nothing of it, so every solver works. It goes around guidance and thresholding.
     known, noise: [batch, channels, ...], the shape of x. noise: that of the trajectory's start is best, since then a
     deterministic solver's own x agrees with the replaced one. mask: [1 or batch, 1 or channels, ...].
-    A replacement is no exact conditional sampling: the painted region sees a noised `known`, and follows it less than
-    it should (see RePaint, Lugmayr et al. 2022, for resampling).
+    Replacement is no exact conditional sampling: the painted region follows `known` less than it should. Of two pixels
+    with correlation 0.8 the painted one follows by 0.35 under an ODE solver and by 0.49 under 400 steps of ddpm; 0.8 is
+    right. More noise and repeated steps bring it nearer (RePaint, Lugmayr et al. 2022).
     Raises UserError naming mask, known or noise. Source: Song et al. 2021, appendix I.2.
     """
 
