@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from smalti import rng
 from smalti.diffusion import make_process
-from smalti.sampling import ClassifierFreeGuidance, ClippedDenoiser, make_plan, run_plan, solver_names
-from smalti.types import Condition, UserError
+from smalti.sampling import make_plan, run_plan, solver_names
+from smalti.types import UserError
 
 MEAN = torch.tensor([0.7, -0.3], dtype=torch.float64)
 VARIANCE = torch.tensor([0.09, 0.5], dtype=torch.float64)
@@ -139,27 +139,6 @@ def test_dpmpp_2m_row_is_the_published_formula():
     weight = -alpha[4] * torch.expm1(-h)
     expected = [sigma[4] / sigma[3], -weight / (2 * r), weight * (1 + 1 / (2 * r)), 0.0]  # x, h1, x0, z
     np.testing.assert_allclose(plan.matrices[3, 0], [float(e) for e in expected], rtol=1e-12)
-
-
-def test_guidance_is_affine_and_takes_one_forward():
-    calls = []
-
-    def denoiser(x, t, cond):
-        calls.append(len(x))
-        return x * 0 + cond.class_labels[:, None].to(x.dtype)
-
-    x, t = torch.randn(3, 2), torch.full((3,), 0.5)
-    null = Condition(class_labels=torch.full((3,), 10))
-    guided = ClassifierFreeGuidance(denoiser, null, 2.0)(x, t, Condition(class_labels=torch.tensor([1, 2, 3])))
-    assert torch.equal(guided[:, 0], 10 + 2.0 * (torch.tensor([1.0, 2.0, 3.0]) - 10))
-    assert calls == [6]
-
-
-def test_clipping_acts_on_the_estimate():
-    clipped = ClippedDenoiser(lambda x, t, cond=None: 3 * x)
-    assert torch.equal(
-        clipped(torch.tensor([[-1.0, 0.2]]), torch.tensor([0.5])), torch.tensor([[-1.0, 0.6]]).clamp(-1, 1)
-    )
 
 
 def test_noise_of_a_trajectory_depends_on_its_seed_alone():

@@ -18,9 +18,10 @@ from smalti.diffusion.processes import make_process
 from smalti.images import to_pil
 from smalti.models.registry import build_model
 from smalti.run_folder import RunFolder, read_config
-from smalti.sampling.guidance import ClassifierFreeGuidance, ClippedDenoiser
+from smalti.sampling.guidance import ClassifierFreeGuidance
 from smalti.sampling.plan import Plan, run_plan
 from smalti.sampling.solvers import make_plan
+from smalti.sampling.thresholding import ClippedDenoiser
 from smalti.types import Backbone, Condition, Denoiser, UserError
 
 _MAX_SEED = 2**63

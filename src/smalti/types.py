@@ -53,7 +53,7 @@ class Condition:
 def concat_conditions(*parts: Condition) -> Condition:
     """Join conditions along the batch. All must set the same fields (UserError otherwise)."""
     joined: dict[str, Any] = {}
-    for f in fields(parts[0]):
+    for f in fields(parts[0]):  # of an instance: torch.compile traces that, not the class
         values = [getattr(part, f.name) for part in parts]
         present = [value for value in values if value is not None]
         if present and len(present) != len(values):

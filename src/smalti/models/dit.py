@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smalti.nn.attention import SelfAttention
+from smalti.nn.attention import SelfAttention, shallow_copy
 from smalti.nn.embeddings import TimestepEmbedder, patchify, rope_angles_2d, sincos_positions_2d, unpatchify
 from smalti.nn.feedforward import Activation, FeedForward
 from smalti.types import Condition, UserError
@@ -107,6 +107,12 @@ class DiTBlock(nn.Module):
         x_BND = torch.addcmul(x_BND, gate1, self.attn(modulate(x_BND, shift1, scale1, _NORM_EPS), rope_2NK))
         return torch.addcmul(x_BND, gate2, self.mlp(modulate(x_BND, shift2, scale2, self.mlp_norm_eps)))
 
+    def with_identity_attention(self) -> "DiTBlock":
+        """A view on the same weights in which each token attends to itself alone."""
+        view = shallow_copy(self)
+        view.attn = self.attn.as_identity_map()
+        return view
+
 
 class DiT(nn.Module):
     """The diffusion transformer. The modulations of all blocks come from one matrix product a forward."""
@@ -158,6 +164,22 @@ class DiT(nn.Module):
             return None
         device = self.label_embed.weight.device
         return Condition(class_labels=torch.full((batch_size,), self.config.num_classes, device=device))
+
+    def with_identity_attention(self, layers: tuple[int, ...]) -> "DiT":
+        """A view for perturbed-attention guidance: in `layers` each token attends to itself alone.
+
+        It shares every weight and this network is left as it is; building it copies no tensor. Raises UserError for
+        layers that do not exist and for none at all.
+        """
+        depth = self.config.depth
+        if not layers or any(not 0 <= layer < depth for layer in layers):
+            raise UserError(f"layers={layers} must name at least one of 0 .. {depth - 1}")
+        view = shallow_copy(self)
+        view.blocks = nn.ModuleList(
+            block.with_identity_attention() if i in layers else block  # type: ignore[operator]
+            for i, block in enumerate(self.blocks)
+        )
+        return view
 
     def embed_condition(self, t: Float[Tensor, " B"], cond: Condition | None) -> Float[Tensor, "B D"]:
         """Network time and label to one vector a row. A missing condition means the null label."""

@@ -3,10 +3,15 @@
 Shapes: B batch, N query tokens, M key tokens, H heads, K head width, D = H K.
 """
 
+import copy
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # Up to here a plain product and softmax beats PyTorch's fused CPU kernel (49 tokens: 12 ms against 22 ms, forward
 # and backward); past it the N x N matrix falls out of the cache.
@@ -35,6 +40,13 @@ def rotate_pairs(x: Float[Tensor, "*batch N K"], cos_sin: Float[Tensor, "2 N K"]
     return torch.addcmul(x * cos_sin[0], turned, cos_sin[1])
 
 
+def shallow_copy(module: ModuleT) -> ModuleT:
+    """The same module again, on the same parameters and submodules: what is then set on the copy stays on the copy."""
+    view = copy.copy(module)
+    view._modules = dict(module._modules)
+    return view
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. Source: Zhang and Sennrich 2019, eq. 4."""
 
@@ -51,6 +63,8 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention with fused q, k, v; optionally QK-norm and rotary positions."""
 
+    identity_map = False  # True in a view: each token attends to itself alone, so that its value passes straight
+
     def __init__(self, width: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -64,6 +78,8 @@ class SelfAttention(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         """Tokens attend to all tokens of their own row."""
         batch, tokens, width = x_BND.shape
+        if self.identity_map:
+            return self.out(self.qkv(x_BND)[..., 2 * width :])  # type: ignore[no-any-return]
         qkv_BNTHK = self.qkv(x_BND).view(batch, tokens, 3, self.num_heads, -1)
         q_BHNK, k_BHNK, v_BHNK = qkv_BNTHK.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
@@ -72,3 +88,9 @@ class SelfAttention(nn.Module):
             q_BHNK, k_BHNK = rotate_pairs(q_BHNK, rope_2NK), rotate_pairs(k_BHNK, rope_2NK)
         y_BND = attention(q_BHNK, k_BHNK, v_BHNK).transpose(1, 2).reshape(batch, tokens, width)
         return self.out(y_BND)  # type: ignore[no-any-return]
+
+    def as_identity_map(self) -> "SelfAttention":
+        """A view on the same weights with the identity as attention matrix. Source: Ahn et al. 2024 (PAG)."""
+        view = shallow_copy(self)
+        view.identity_map = True
+        return view

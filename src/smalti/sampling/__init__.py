@@ -1,7 +1,49 @@
-"""Solvers as tables (plans), the loop that runs them, time grids and guidance."""
+"""Solvers as tables (plans), the loop that runs them, time grids, guidance, thresholding and editing."""
 
-from smalti.sampling.guidance import ClassifierFreeGuidance, ClippedDenoiser
+from smalti.sampling.editing import InpaintDenoiser, noised, strength_to_start
+from smalti.sampling.guidance import (
+    AdaptiveProjectedGuidance,
+    Autoguidance,
+    ClassifierFreeGuidance,
+    PerturbedAttentionGuidance,
+    RescaledGuidance,
+    perturbed_attention,
+)
+from smalti.sampling.guidance_schedules import (
+    ConstantScale,
+    CosineScale,
+    GuidanceScale,
+    GuidanceSchedule,
+    IntervalScale,
+    LinearScale,
+    noise_level_interval,
+)
 from smalti.sampling.plan import Plan, PlanDraft, run_plan
 from smalti.sampling.solvers import make_plan, solver_names
+from smalti.sampling.thresholding import ClippedDenoiser, DynamicThreshold
 
-__all__ = ["ClassifierFreeGuidance", "ClippedDenoiser", "Plan", "PlanDraft", "make_plan", "run_plan", "solver_names"]
+__all__ = [
+    "AdaptiveProjectedGuidance",
+    "Autoguidance",
+    "ClassifierFreeGuidance",
+    "ClippedDenoiser",
+    "ConstantScale",
+    "CosineScale",
+    "DynamicThreshold",
+    "GuidanceScale",
+    "GuidanceSchedule",
+    "InpaintDenoiser",
+    "IntervalScale",
+    "LinearScale",
+    "PerturbedAttentionGuidance",
+    "Plan",
+    "PlanDraft",
+    "RescaledGuidance",
+    "make_plan",
+    "noise_level_interval",
+    "noised",
+    "perturbed_attention",
+    "run_plan",
+    "solver_names",
+    "strength_to_start",
+]
