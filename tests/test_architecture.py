@@ -24,6 +24,7 @@ FLOORS = [
     ["evaluation"],
     ["recipes"],
     ["describe"],
+    ["cli_arguments"],
     ["cli"],
     ["__main__"],
 ]

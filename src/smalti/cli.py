@@ -5,189 +5,21 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import Positional, arg
 
+from smalti.cli_arguments import COMMANDS, DESCRIPTION, Completion, Eval, Explain, Info, Sample, Train, Tune
 from smalti.types import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from smalti.pipeline import Editing
+    from smalti.sampling.guided import GuidanceOptions
+
 _EXIT_USER_ERROR, _EXIT_FAILURE, _EXIT_INTERRUPTED = 2, 1, 130
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a recipe into a run directory.
-
-    Example: smalti train mnist --minutes 3 --out runs/mnist
-
-    The run directory holds the full config, checkpoints, metrics (JSONL and TensorBoard) and sample grids. Ctrl-C saves
-    and stops; --resume goes on where a run stopped, also after a crash. Recipes: mnist (the best three minutes on a
-    CPU), mnist-ddpm (DiT's published recipe on the same digits). `smalti info RECIPE` shows every field --set takes.
-    """
-
-    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """The recipe's name, such as mnist."""
-    out: Path | None = None
-    """Run directory (default: runs/RECIPE)."""
-    minutes: float | None = None
-    """Budget: minutes of training. Give at most one budget; the default is the recipe's."""
-    steps: int | None = None
-    """Budget: optimiser steps. The result is then a function of the config alone."""
-    epochs: float | None = None
-    """Budget: passes over the pictures."""
-    resume: bool = False
-    """Go on with the run in --out (or begin it, if nothing is there yet)."""
-    overwrite: bool = False
-    """Replace the run in --out."""
-    set: tuple[str, ...] = ()
-    """Config fields as field=value, by unique name or dotted path: --set batch_size=32 optimizer=adamw."""
-    threads: int | None = None
-    """CPU threads (default: all cores)."""
-    device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, mps."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Draw pictures from a run.
-
-    Example: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
-
-    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label, seed, every setting). A picture
-    depends on its own seed and label alone, so any row of a manifest can be drawn again by itself.
-    """
-
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
-    """The run directory."""
-    class_labels: tuple[int, ...] = ()
-    """Labels to draw (default: each class once)."""
-    num_images_per_label: int = 8
-    """Pictures for each label (or in all, for an unconditional network)."""
-    solver: str | None = None
-    """Solver, such as dpmpp_2m, ddim, ddpm, flow_euler (default: the run's)."""
-    num_inference_steps: int | None = None
-    """Solver steps (default: the run's)."""
-    spacing: str | None = None
-    """Time grid: time, lambda, quadratic (default: the run's, or the solver's own)."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is off (default: the run's)."""
-    eta: float | None = None
-    """Noise of the ddim solver: 0 none, 1 ancestral."""
-    seed: int = 0
-    """Seed of the first picture; picture i takes seed + i."""
-    batch_size: int = 64
-    """Pictures that share a forward."""
-    checkpoint: str | None = None
-    """A folder's name under checkpoints/ (default: the newest)."""
-    out: Path = Path("samples")
-    """Where to write."""
-    threads: int | None = None
-    """CPU threads (default: all cores)."""
-    device: str = "cpu"
-    """Where to sample: cpu, cuda, mps."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Judge a run: are its digits what was asked for, and how far are they from real ones?
-
-    Example: smalti eval runs/mnist
-
-    Draws class-conditional samples and prints the judge's accuracy on them and the Frechet distance in the judge's
-    features against the held-out digits, each with a bootstrap 95 % interval; writes RUN/evaluation.json. The judge is
-    a small classifier, trained once on the bundled digits (about a minute) and cached.
-    """
-
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
-    """The run directory."""
-    num_images: int = 1000
-    """Samples to judge, an equal number of each class."""
-    solver: str | None = None
-    """Solver (default: the run's)."""
-    num_inference_steps: int | None = None
-    """Solver steps (default: the run's)."""
-    spacing: str | None = None
-    """Time grid (default: the run's)."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is off (default: the run's)."""
-    seed: int = 0
-    """Seed of the first sample."""
-    checkpoint: str | None = None
-    """A folder's name under checkpoints/ (default: the newest)."""
-    threads: int | None = None
-    """CPU threads (default: all cores)."""
-
-
-@dataclass(frozen=True)
-class Explain:
-    """Print a solver's table: where the network is called, and what becomes of its answers.
-
-    Example: smalti explain --solver dpmpp_2m --steps 20 --process vp_cosine
-
-    Every solver in smalti is such a table. x is where the network looks, x0 its estimate of the clean picture, h1 an
-    earlier estimate, z fresh noise.
-    """
-
-    solver: str = "dpmpp_2m"
-    """The solver's name."""
-    steps: Annotated[int, arg(aliases=["--num-inference-steps"])] = 20
-    """Solver steps."""
-    process: str = "rectified_flow"
-    """The noise process: rectified_flow, vp_linear, vp_cosine ..."""
-    spacing: str | None = None
-    """Time grid: time, lambda, quadratic (default: the solver's own)."""
-
-
-@dataclass(frozen=True)
-class Info:
-    """Describe a run or a recipe: parameters by part, FLOPs, config, how it was trained.
-
-    Example: smalti info runs/mnist
-    """
-
-    run: Annotated[Positional[str], arg(metavar="RUN|RECIPE")]
-    """A run directory, or a recipe's name."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Print a shell completion script.
-
-    Example: smalti completion bash > ~/.local/share/bash-completion/completions/smalti
-    """
-
-    shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")]
-    """bash, zsh or tcsh."""
-
-
-Command = Train | Sample | Eval | Explain | Info | Completion
-
-_COMMANDS: dict[str, type[Any]] = {
-    "train": Train,
-    "sample": Sample,
-    "eval": Eval,
-    "explain": Explain,
-    "info": Info,
-    "completion": Completion,
-}
-
-_DESCRIPTION = """smalti: train, sample and measure diffusion transformers.
-
-Five minutes, from nothing to judged digits:
-
-    smalti train mnist --minutes 3       train DiT-Tiny on the bundled digits -> runs/mnist
-    smalti sample runs/mnist             draw digits -> samples/grid.png
-    smalti eval runs/mnist               how good are they?
-    smalti explain --steps 5             what did the solver do?
-    smalti info runs/mnist               what is this model?
-
-`smalti COMMAND --help` teaches each command."""
 
 
 def _console() -> "Console":
@@ -253,10 +85,55 @@ def _train(command: Train) -> int:
     return 0
 
 
+def _solver_options(given: Sequence[str]) -> dict[str, Any]:
+    """name=value texts as keyword arguments: numbers, true, false, or the text itself."""
+    import json
+
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--solver-options {text!r} must have the form name=value")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def _guidance(command: Sample, default: "GuidanceOptions") -> "GuidanceOptions":
+    """The run's guidance options with those of the command line in their place."""
+    from dataclasses import replace
+
+    given: dict[str, Any] = {
+        "interval": command.guidance_interval,
+        "schedule": command.guidance_schedule,
+        "rescale": command.guidance_rescale,
+        "apg_eta": command.apg_eta,
+        "pag_scale": command.pag_scale,
+        "pag_layers": command.pag_layers or None,
+    }
+    return replace(default, **{name: value for name, value in given.items() if value is not None})
+
+
+def _editing(command: Sample, channels: int) -> "Editing | None":
+    """The picture to begin from, if one is given."""
+    from smalti.images import read_picture
+    from smalti.pipeline import Editing
+
+    if command.image is None:
+        if command.mask is not None or command.strength != 1.0:
+            raise UserError("--mask and --strength have no effect without --image")
+        return None
+    mask = None if command.mask is None else (read_picture(command.mask, "--mask", 1)[0] + 1) / 2
+    return Editing(read_picture(command.image, "--image", channels), command.strength, mask)
+
+
 def _sample(command: Sample) -> int:
     import json
 
     import smalti
+    from smalti.config import to_json
     from smalti.images import grid_picture
     from smalti.training.memory import keep_freed_memory
 
@@ -270,7 +147,10 @@ def _sample(command: Sample) -> int:
     labels: list[int] | None = None
     if num_classes or command.class_labels:
         labels = [c for c in command.class_labels or range(num_classes) for _ in range(command.num_images_per_label)]
-    options = {} if command.eta is None else {"eta": command.eta}
+    if command.process is not None:
+        pipe = pipe.on_process(command.process)
+    options = _solver_options(command.solver_options)
+    guidance = _guidance(command, pipe.config.sampling.guidance)
     with _progress_bar("sampling") as progress:
         output = pipe(
             labels,
@@ -279,6 +159,9 @@ def _sample(command: Sample) -> int:
             solver=command.solver,
             spacing=command.spacing,
             guidance_scale=command.guidance_scale,
+            guidance=guidance,
+            negative_class_labels=command.negative_class_labels or None,
+            editing=_editing(command, pipe.config.model.in_channels),
             seed=command.seed,
             batch_size=command.batch_size,
             progress=progress,
@@ -293,8 +176,13 @@ def _sample(command: Sample) -> int:
         "network_calls": output.plan.num_calls,
         "times": output.plan.times.round(6).tolist(),
         "guidance_scale": scale if labels is not None else 1.0,
+        "guidance": to_json(guidance),
+        "negative_class_labels": command.negative_class_labels,
+        "image": str(command.image) if command.image else None,
+        "strength": command.strength,
+        "mask": str(command.mask) if command.mask else None,
         **options,
-        "process": pipe.config.process,
+        "process": pipe.process.name,
         "checkpoint": command.checkpoint or "newest",
         "smalti": smalti.__version__,
     }
@@ -340,16 +228,45 @@ def _eval(command: Eval) -> int:
 
 def _explain(command: Explain) -> int:
     from smalti.diffusion.processes import make_process
-    from smalti.sampling.explain import plan_table
+    from smalti.sampling.explain import plan_table, solver_table
+    from smalti.sampling.plot import plot_plan
     from smalti.sampling.solvers import make_plan
 
+    if command.solver == "list":
+        _console().print(solver_table())
+        return 0
     plan = make_plan(
         command.solver,
         process=make_process(command.process),
         num_inference_steps=command.steps,
         spacing=command.spacing,
+        **_solver_options(command.solver_options),
     )
     _console().print(plan_table(plan))
+    if command.plot is not None:
+        plot_plan(plan, command.plot)
+        print(f"picture: {command.plot}")
+    return 0
+
+
+def _tune(command: Tune) -> int:
+    from smalti.evaluation.tune import frontier_table, tune_run
+    from smalti.training.memory import keep_freed_memory
+
+    _set_threads(command.threads)
+    keep_freed_memory()
+    with _progress_bar("tuning") as progress:
+        result = tune_run(
+            command.run,
+            budget=command.budget,
+            num_images=command.num_images,
+            seed=command.seed,
+            checkpoint=command.checkpoint,
+            progress=progress,
+        )
+    _console().print(frontier_table(result))
+    print(f"use it: {result.command(command.run)}")
+    print(f"written: {command.run / 'tune.json'}" + (f", {result.picture}" if result.picture else ""))
     return 0
 
 
@@ -363,7 +280,7 @@ def _info(command: Info) -> int:
 def _completion(command: Completion) -> int:
     import shtab
 
-    parser: Any = tyro.extras.get_parser(_subcommands(), prog="smalti", description=_DESCRIPTION)
+    parser: Any = tyro.extras.get_parser(_subcommands(), prog="smalti", description=DESCRIPTION)
     print(shtab.complete(parser, shell=command.shell))
     return 0
 
@@ -373,6 +290,7 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Sample: _sample,
     Eval: _eval,
     Explain: _explain,
+    Tune: _tune,
     Info: _info,
     Completion: _completion,
 }
@@ -400,7 +318,7 @@ class _progress_bar:
 def _subcommands() -> Any:
     from typing import Union
 
-    members = tuple(Annotated[cls, tyro.conf.subcommand(name, prefix_name=False)] for name, cls in _COMMANDS.items())
+    members = tuple(Annotated[cls, tyro.conf.subcommand(name, prefix_name=False)] for name, cls in COMMANDS.items())
     return Union[members]  # noqa: UP007 (built from a tuple)
 
 
@@ -423,14 +341,14 @@ def join_repeated_set(arguments: Sequence[str]) -> list[str]:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
-        near = difflib.get_close_matches(arguments[0], _COMMANDS, n=2, cutoff=0.5)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"unknown command {arguments[0]!r}: {hint}known: {', '.join(_COMMANDS)}")
+        raise UserError(f"unknown command {arguments[0]!r}: {hint}known: {', '.join(COMMANDS)}")
     command = tyro.cli(
         _subcommands(),
         prog="smalti",
-        description=_DESCRIPTION,
+        description=DESCRIPTION,
         args=join_repeated_set(arguments) or ["--help"],
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )

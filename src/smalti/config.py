@@ -19,6 +19,7 @@ from smalti.models.registry import ModelConfig
 from smalti.optim.ema import EmaConfig, PowerEma
 from smalti.optim.optimizers import MuonConfig, OptimizerConfig
 from smalti.optim.schedule import Schedule
+from smalti.sampling.guided import GuidanceOptions
 from smalti.types import UserError
 
 BudgetUnit = Literal["steps", "minutes", "epochs"]
@@ -71,6 +72,7 @@ class SamplingConfig:
     num_inference_steps: int = 20
     spacing: str = "time"
     guidance_scale: float = 2.0
+    guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     clip_x0: bool = False
 
     def __post_init__(self) -> None:
@@ -220,10 +222,17 @@ def _parse(annotation: Any, text: str, path: str) -> Any:
             if text not in allowed:
                 raise UserError(f"{path}={text!r} must be one of {', '.join(allowed)}")
             return allowed[text]
+        if origin in (Union, types.UnionType):  # X | None
+            (member,) = _alternatives(annotation)
+            return None if text.lower() == "none" else _parse(member, text, path)
         if origin is tuple:
             parts = [part for part in text.strip("()").replace("x", ",").split(",") if part]
-            wanted = f"{len(get_args(annotation))} values joined by commas"
-            return tuple(t(p) for t, p in zip(get_args(annotation), parts, strict=True))
+            members = get_args(annotation)
+            if members[-1] is Ellipsis:
+                wanted = "values joined by commas"
+                return tuple(members[0](part) for part in parts)
+            wanted = f"{len(members)} values joined by commas"
+            return tuple(t(p) for t, p in zip(members, parts, strict=True))
         if annotation is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         return annotation(text)

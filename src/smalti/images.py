@@ -1,13 +1,15 @@
 """Tensors to pictures: PIL images and grids."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from smalti.data.digits import to_bytes
+from smalti.data.digits import to_bytes, to_signed_unit
+from smalti.types import UserError
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -32,3 +34,16 @@ def grid_picture(images: Tensor, columns: int, zoom: int = 1, gap: int = 2) -> I
 def class_columns(num_classes: int, rows: int) -> Tensor:
     """Labels for a grid with a class in each column: int64 [rows * num_classes]."""
     return torch.arange(num_classes).repeat(rows)
+
+
+def read_picture(path: Path, field: str, channels: int) -> Tensor:
+    """A picture file in [-1, 1], [channels, height, width], 1 (grey) or 3 (RGB) channels.
+
+    Raises UserError naming field where the file is missing or no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            array = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field} {path} cannot be read as a picture: {error}") from None
+    return to_signed_unit(torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1))

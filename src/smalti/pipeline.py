@@ -14,12 +14,16 @@ from smalti import rng
 from smalti.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from smalti.config import RunConfig
 from smalti.diffusion.denoiser import NetworkDenoiser
-from smalti.diffusion.processes import make_process
+from smalti.diffusion.prediction import usable_at_pure_noise
+from smalti.diffusion.processes import Process, make_process
+from smalti.diffusion.switch import SwitchedDenoiser
 from smalti.images import to_pil
 from smalti.models.registry import build_model
 from smalti.run_folder import RunFolder, read_config
-from smalti.sampling.guidance import ClassifierFreeGuidance
-from smalti.sampling.plan import Plan, run_plan
+from smalti.sampling.editing import InpaintDenoiser, noised, strength_to_start
+from smalti.sampling.guidance import perturbed_attention
+from smalti.sampling.guided import GuidanceOptions, guide
+from smalti.sampling.plan import Plan, run_plan, run_plans
 from smalti.sampling.solvers import make_plan
 from smalti.sampling.thresholding import ClippedDenoiser
 from smalti.types import Backbone, Condition, Denoiser, UserError
@@ -31,32 +35,80 @@ _MAX_SEED = 2**63
 class PipelineOutput:
     """What a pipeline call gives: the pictures and what made them.
 
-    tensor: [batch, channels, height, width] in [-1, 1]. seeds, class_labels: one a picture.
+    tensor: [batch, channels, height, width] in [-1, 1]. seeds, class_labels, plans: one a picture.
     """
 
     tensor: Tensor
     seeds: tuple[int, ...]
     class_labels: tuple[int, ...] | None
-    plan: Plan
+    plans: tuple[Plan, ...]
 
     @cached_property
     def images(self) -> list[Image.Image]:
         """The pictures as PIL images."""
         return to_pil(self.tensor)
 
+    @property
+    def plan(self) -> Plan:
+        """The plan of the first picture, which is that of all unless the batch was mixed."""
+        return self.plans[0]
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One picture of a mixed batch. None takes the run's default.
+
+    class_label: None for an unconditional network. solver_options: what Pipeline.plan takes beside the named fields.
+    """
+
+    class_label: int | None = None
+    seed: int = 0
+    solver: str | None = None
+    num_inference_steps: int | None = None
+    spacing: str | None = None
+    guidance_scale: float | None = None
+    solver_options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Editing:
+    """A picture to begin from. image: [channels, height, width] or one a picture [batch, ...], in [-1, 1].
+
+    strength in (0, 1]: how far it is noised (1 leaves little of it). mask: 1 where to paint, 0 where to keep, of the
+    image's height and width ([height, width], or with leading axes that broadcast against [batch, channels]).
+    """
+
+    image: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
+
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A trained network with its process and sampling defaults. Calls share nothing that changes."""
+    """A trained network with its process and sampling defaults. Calls share nothing that changes.
+
+    sampled_process: the process to sample on, where it is not the one trained on (see diffusion.switch).
+    """
 
     backbone: Backbone
     config: RunConfig
     compile: bool = False
+    sampled_process: str | None = None
 
     def compiled(self) -> "Pipeline":
         """The same pipeline with its estimates (network, prediction, guidance) under torch.compile: the first call of
         each batch size compiles (tens of seconds on a CPU), later ones are faster. Results agree to rounding."""
         return replace(self, compile=True)
+
+    def on_process(self, name: str) -> "Pipeline":
+        """The same network sampled on another process, by matching log-SNR. Raises UserError for an unknown name."""
+        make_process(name)
+        return replace(self, sampled_process=name)
+
+    @cached_property
+    def process(self) -> Process:
+        """The process that is sampled on."""
+        return make_process(self.sampled_process or self.config.process)
 
     def plan(
         self,
@@ -65,30 +117,60 @@ class Pipeline:
         spacing: str | None = None,
         **solver_options: Any,
     ) -> Plan:
-        """The plan that a call with these arguments runs; None takes the run's default."""
+        """The plan that a call with these arguments runs; None takes the run's default.
+
+        solver_options: t_start, t_end, shift, times (the grid itself) and the solver's own, see sampling.make_plan.
+        """
         defaults = self.config.sampling
         own_solver = solver is None or solver == defaults.solver
-        return make_plan(
+        gridded = solver_options.get("times") is not None
+        steps = defaults.num_inference_steps if num_inference_steps is None and not gridded else num_inference_steps
+        plan = make_plan(
             solver or defaults.solver,
-            process=make_process(self.config.process),
-            num_inference_steps=defaults.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            spacing=spacing or (defaults.spacing if own_solver else None),
+            process=self.process,
+            num_inference_steps=steps,
+            spacing=spacing or (defaults.spacing if own_solver and not gridded else None),
             **solver_options,
         )
+        alpha_start = float(self.process.alpha(torch.tensor(float(plan.times[0]), dtype=torch.float64)))
+        prediction = self.config.objective.prediction_type
+        if alpha_start == 0.0 and self.sampled_process is None and not usable_at_pure_noise(prediction):
+            raise UserError(f"t_start={plan.times[0]} is pure noise, where a network of {prediction!r} knows no x0")
+        return plan
 
-    def denoiser(self, batch_size: int, guidance_scale: float, clip_x0: bool = False) -> Denoiser:
-        """The x0 estimator of batch_size samples: network, guidance (1 = off), clipping."""
-        denoiser: Denoiser = NetworkDenoiser(
-            self.backbone, make_process(self.config.process), self.config.objective.prediction_type
-        )
-        if guidance_scale != 1.0:
+    def denoiser(
+        self,
+        batch_size: int,
+        guidance_scale: float | Tensor,
+        guidance: GuidanceOptions | None = None,
+        negative_class_labels: Tensor | None = None,
+    ) -> Denoiser:
+        """The x0 estimator of batch_size samples: network, process switch, guidance (1 = off), clipping.
+
+        guidance_scale: a number or one a sample. negative_class_labels [batch]: what to move away from, in place of
+        the null label.
+        """
+        options = guidance or self.config.sampling.guidance
+        trained = make_process(self.config.process)
+        network = NetworkDenoiser(self.backbone, trained, self.config.objective.prediction_type)
+        null = None
+        if isinstance(guidance_scale, Tensor) or guidance_scale != 1.0:
             null = self.backbone.null_condition(batch_size)
             if null is None:
-                raise UserError(f"guidance_scale={guidance_scale}: this network is unconditional, only 1 makes sense")
+                scale = guidance_scale if isinstance(guidance_scale, float | int) else "one a picture"
+                raise UserError(f"guidance_scale={scale}: this network is unconditional, only 1 makes sense")
+            if negative_class_labels is not None:
+                null = replace(null, class_labels=negative_class_labels)
+        if self.compile and null is not None and not isinstance(guidance_scale, Tensor):
             # As a tensor the scale is an input of the compiled graph and not a constant in it.
-            scale = torch.tensor(guidance_scale) if self.compile else guidance_scale
-            denoiser = ClassifierFreeGuidance(denoiser, null, scale)
-        if clip_x0:
+            guidance_scale = torch.full((batch_size,), guidance_scale)
+
+        def on_sampled_process(denoiser: NetworkDenoiser) -> Denoiser:
+            return SwitchedDenoiser(denoiser, trained, self.process) if self.sampled_process else denoiser
+
+        perturbed = on_sampled_process(perturbed_attention(network, options.pag_layers)) if options.pag_scale else None
+        denoiser = guide(on_sampled_process(network), null, guidance_scale, options, self.process, perturbed)
+        if self.config.sampling.clip_x0:
             denoiser = ClippedDenoiser(denoiser)
         return torch.compile(denoiser, dynamic=False) if self.compile else denoiser
 
@@ -102,6 +184,9 @@ class Pipeline:
         solver: str | None = None,
         spacing: str | None = None,
         guidance_scale: float | None = None,
+        guidance: GuidanceOptions | None = None,
+        negative_class_labels: Sequence[int] | Tensor | None = None,
+        editing: Editing | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
         progress: Callable[[int, int], None] | None = None,
@@ -109,36 +194,129 @@ class Pipeline:
     ) -> PipelineOutput:
         """Draw pictures.
 
-        class_labels: one a picture; num_images instead for an unconditional network. guidance_scale: 1 = off.
-        seed: an int (picture i takes seed + i) or one int a picture; a picture depends on its own seed and label alone.
-        batch_size: pictures that share a forward. progress(done, total) is called after each batch. What is None takes
-        the run's default. Raises UserError naming the argument.
+        class_labels: one a picture; num_images instead for an unconditional network. guidance_scale: 1 = off; guidance:
+        interval, schedule and method; negative_class_labels: one for all or one a picture, in the null label's place.
+        editing: a picture to begin from, and what of it to keep. seed: an int (picture i takes seed + i) or one int a
+        picture; a picture depends on its own seed and label alone. batch_size: pictures that share a forward.
+        progress(done, total) is called after each batch. solver_options: as in plan(). What is None takes the run's
+        default. Raises UserError naming the argument.
         """
         labels = self._labels(class_labels, num_images)
         count = len(labels) if labels is not None else num_images or 0
         seeds = self._seeds(seed, count)
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
-        sampling, model = self.config.sampling, self.config.model
-        scale = sampling.guidance_scale if guidance_scale is None else float(guidance_scale)
-        if labels is None and guidance_scale is None:
-            scale = 1.0
+        negative = self._negative_labels(negative_class_labels, count)
+        scale = self._scale(guidance_scale, labels is not None)
+        if editing is not None and editing.strength != 1.0:
+            solver_options.setdefault("t_start", strength_to_start(self.process, editing.strength))
         plan = self.plan(num_inference_steps, solver, spacing, **solver_options)
         parts = []
-        device = _device_of(self.backbone)
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
-            row_seeds = torch.tensor(seeds[rows], device=device)
-            noise = rng.normal(
-                (model.in_channels, *model.image_size), seed=row_seeds, purpose="sampling/start", device=device
-            )
-            cond = Condition(class_labels=labels[rows].to(device)) if labels is not None else None
-            denoiser = self.denoiser(len(row_seeds), scale, sampling.clip_x0)
-            parts.append(run_plan(plan, denoiser, noise, cond, row_seeds))
+            row_seeds = torch.tensor(seeds[rows], device=self.device)
+            noise = self._noise(row_seeds)
+            cond = Condition(class_labels=labels[rows].to(self.device)) if labels is not None else None
+            row_negative = negative[rows].to(self.device) if negative is not None else None
+            denoiser = self.denoiser(len(row_seeds), scale, guidance, row_negative)
+            x = self._at_start(plan, noise, editing, rows)
+            if editing is not None and editing.mask is not None:
+                denoiser = self._inpainting(denoiser, editing, rows, noise)
+            parts.append(run_plan(plan, denoiser, x, cond, row_seeds))
             if progress is not None:
                 progress(rows.stop, count)
         tensor = torch.cat(parts).clamp(-1, 1)
-        return PipelineOutput(tensor, seeds, tuple(labels.tolist()) if labels is not None else None, plan)
+        return PipelineOutput(tensor, seeds, tuple(labels.tolist()) if labels is not None else None, (plan,) * count)
+
+    @torch.inference_mode()
+    def mixed(
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        guidance: GuidanceOptions | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> PipelineOutput:
+        """Draw a batch whose members have their own solvers, steps, guidance scales and seeds, in shared forwards.
+
+        Each picture is the one that its request gives alone, up to the rounding of other batch sizes.
+        progress(done, total) counts forwards. Raises UserError naming the argument.
+        """
+        if not requests:
+            raise UserError("requests is empty: give at least one")
+        given = [request.class_label for request in requests]
+        present = [label for label in given if label is not None]
+        if present and len(present) != len(given):
+            raise UserError("class_label is set in some requests and missing in others")
+        labels = self._labels(present or None, None if present else len(requests))
+        seeds = self._seeds([request.seed for request in requests], len(requests))
+        scales = torch.tensor([self._scale(r.guidance_scale, labels is not None) for r in requests], device=self.device)
+        by_settings: dict[Any, Plan] = {}
+        plans = []
+        for r in requests:
+            key = (r.num_inference_steps, r.solver, r.spacing, repr(r.solver_options))
+            if key not in by_settings:
+                by_settings[key] = self.plan(r.num_inference_steps, r.solver, r.spacing, **dict(r.solver_options))
+            plans.append(by_settings[key])
+        all_seeds = torch.tensor(seeds, device=self.device)
+        noise = self._noise(all_seeds)
+        x = torch.cat([self._at_start(plan, noise[i : i + 1], None, slice(i, i + 1)) for i, plan in enumerate(plans)])
+        cond = Condition(class_labels=labels.to(self.device)) if labels is not None else None
+        guided = bool((scales != 1).any())
+
+        def denoiser_for(rows: Tensor) -> Denoiser:
+            return self.denoiser(len(rows), scales[rows] if guided else 1.0, guidance)
+
+        tensor = run_plans(plans, denoiser_for, x, cond, all_seeds, progress).clamp(-1, 1)
+        return PipelineOutput(tensor, seeds, tuple(labels.tolist()) if labels is not None else None, tuple(plans))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's weights are."""
+        return next(self.backbone.parameters()).device if isinstance(self.backbone, nn.Module) else torch.device("cpu")
+
+    def _noise(self, seeds: Tensor) -> Tensor:
+        model = self.config.model
+        shape = (model.in_channels, *model.image_size)
+        return rng.normal(shape, seed=seeds, purpose="sampling/start", device=self.device)
+
+    def _at_start(self, plan: Plan, noise: Tensor, editing: Editing | None, rows: slice) -> Tensor:
+        """alpha x0 + sigma noise at the plan's first time; without a picture x0 is 0, the mean of what may come."""
+        t = float(plan.times[0])
+        if editing is None or editing.strength == 1.0:
+            return float(self.process.sigma(torch.tensor(t, dtype=torch.float64))) * noise
+        return noised(self.process, self._known(editing, rows, noise), t, noise)
+
+    def _known(self, editing: Editing, rows: slice, noise: Tensor) -> Tensor:
+        image = editing.image.to(noise)
+        image = image[rows] if image.ndim == 4 else image[None]
+        if image.shape[1:] != noise.shape[1:] or image.shape[0] not in (1, len(noise)):
+            raise UserError(
+                f"editing.image has shape {tuple(editing.image.shape)}, needed is {tuple(noise.shape[1:])} "
+                "or one such a picture"
+            )
+        return image.expand_as(noise)
+
+    def _inpainting(self, denoiser: Denoiser, editing: Editing, rows: slice, noise: Tensor) -> Denoiser:
+        assert editing.mask is not None
+        mask = editing.mask.to(noise)
+        if mask.ndim == 4 and len(mask) > 1:
+            mask = mask[rows]
+        mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+        return InpaintDenoiser(denoiser, self.process, self._known(editing, rows, noise), mask, noise)
+
+    def _scale(self, guidance_scale: float | None, conditional: bool) -> float:
+        if guidance_scale is None:
+            return self.config.sampling.guidance_scale if conditional else 1.0
+        return float(guidance_scale)
+
+    def _negative_labels(self, given: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+        if given is None:
+            return None
+        labels = self._labels(given, None)
+        assert labels is not None
+        if len(labels) not in (1, count):
+            raise UserError(f"negative_class_labels has {len(labels)} entries for {count} pictures: give 1 or {count}")
+        return labels.expand(count)
 
     def _labels(self, class_labels: Sequence[int] | Tensor | None, num_images: int | None) -> Tensor | None:
         num_classes = self.config.model.num_classes
@@ -166,10 +344,6 @@ class Pipeline:
         if any(not 0 <= s < _MAX_SEED for s in seeds):
             raise UserError(f"seed={seed} must lie in 0 .. 2^63 - 1")
         return seeds
-
-
-def _device_of(backbone: Backbone) -> torch.device:
-    return next(backbone.parameters()).device if isinstance(backbone, nn.Module) else torch.device("cpu")
 
 
 def _checkpoint_folder(run: RunFolder, name: str | None) -> Path:

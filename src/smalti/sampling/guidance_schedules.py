@@ -104,7 +104,7 @@ class LinearScale:
     """
 
     start: float
-    end: float
+    end: float | Tensor
 
     def __call__(self, t: Tensor) -> Tensor:
         """t [batch] -> scale [batch]."""
@@ -120,7 +120,7 @@ class CosineScale:
     """
 
     start: float
-    end: float
+    end: float | Tensor
     power: float = 1.0
 
     def __post_init__(self) -> None:

@@ -1,0 +1,230 @@
+"""The arguments of each command; the docstrings are what `smalti COMMAND --help` prints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a recipe into a run directory.
+
+    Example: smalti train mnist --minutes 3 --out runs/mnist
+
+    The run directory holds the full config, checkpoints, metrics (JSONL and TensorBoard) and sample grids. Ctrl-C saves
+    and stops; --resume goes on where a run stopped, also after a crash. Recipes: mnist (the best three minutes on a
+    CPU), mnist-ddpm (DiT's published recipe on the same digits). `smalti info RECIPE` shows every field --set takes.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name, such as mnist."""
+    out: Path | None = None
+    """Run directory (default: runs/RECIPE)."""
+    minutes: float | None = None
+    """Budget: minutes of training. Give at most one budget; the default is the recipe's."""
+    steps: int | None = None
+    """Budget: optimiser steps. The result is then a function of the config alone."""
+    epochs: float | None = None
+    """Budget: passes over the pictures."""
+    resume: bool = False
+    """Go on with the run in --out (or begin it, if nothing is there yet)."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+    set: tuple[str, ...] = ()
+    """Config fields as field=value, by unique name or dotted path: --set batch_size=32 optimizer=adamw."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda, cuda:1, mps."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw pictures from a run.
+
+    Example: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
+
+    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label, seed, every setting). A picture
+    depends on its own seed and label alone, so any row of a manifest can be drawn again by itself.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run directory."""
+    class_labels: tuple[int, ...] = ()
+    """Labels to draw (default: each class once)."""
+    num_images_per_label: int = 8
+    """Pictures for each label (or in all, for an unconditional network)."""
+    solver: str | None = None
+    """Solver, such as dpmpp_2m, ddim, unipc_2, edm_heun; `smalti explain` lists all (default: the run's)."""
+    num_inference_steps: int | None = None
+    """Solver steps (default: the run's)."""
+    spacing: str | None = None
+    """Time grid: time, lambda, karras, quadratic, beta, ays ... (default: the run's, or the solver's own)."""
+    solver_options: tuple[str, ...] = ()
+    """The solver's own options and the grid's as name=value: eta=1 lower_order_final=false shift=3 t_end=0.01."""
+    process: str | None = None
+    """Sample on another process than was trained on, at equal log-SNR: edm, vp_cosine ... (default: the run's)."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 is off (default: the run's)."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only for t between LOW and HIGH (0 is data, 1 is noise)."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
+    """How the scale runs from t = 1 to 0, with the given scale as its mean."""
+    guidance_rescale: float | None = None
+    """Keep the unguided contrast by this share, 0 to 1 (Lin et al. 2023)."""
+    apg_eta: float | None = None
+    """Projected guidance with this share of the parallel part; 0 is perpendicular guidance."""
+    pag_scale: float | None = None
+    """Perturbed-attention guidance, in the layers of --pag-layers."""
+    pag_layers: tuple[int, ...] = ()
+    """Layers (from 0) whose attention is perturbed."""
+    negative_class_labels: tuple[int, ...] = ()
+    """Labels to move away from, in place of the null label: one for all, or one a picture."""
+    image: Path | None = None
+    """A picture to begin from (with --strength) or to keep a part of (with --mask)."""
+    strength: float = 1.0
+    """How far --image is noised, above 0 to 1."""
+    mask: Path | None = None
+    """A picture of the image's size: white where to paint, black where to keep --image."""
+    seed: int = 0
+    """Seed of the first picture; picture i takes seed + i."""
+    batch_size: int = 64
+    """Pictures that share a forward."""
+    checkpoint: str | None = None
+    """A folder's name under checkpoints/ (default: the newest)."""
+    out: Path = Path("samples")
+    """Where to write."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+    device: str = "cpu"
+    """Where to sample: cpu, cuda, mps."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Judge a run: are its digits what was asked for, and how far are they from real ones?
+
+    Example: smalti eval runs/mnist
+
+    Draws class-conditional samples and prints the judge's accuracy on them and the Frechet distance in the judge's
+    features against the held-out digits, each with a bootstrap 95 % interval; writes RUN/evaluation.json. The judge is
+    a small classifier, trained once on the bundled digits (about a minute) and cached.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run directory."""
+    num_images: int = 1000
+    """Samples to judge, an equal number of each class."""
+    solver: str | None = None
+    """Solver (default: the run's)."""
+    num_inference_steps: int | None = None
+    """Solver steps (default: the run's)."""
+    spacing: str | None = None
+    """Time grid (default: the run's)."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 is off (default: the run's)."""
+    seed: int = 0
+    """Seed of the first sample."""
+    checkpoint: str | None = None
+    """A folder's name under checkpoints/ (default: the newest)."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Print a solver's table: where the network is called, and what becomes of its answers.
+
+    Example: smalti explain --solver dpmpp_2m --steps 20 --process vp_cosine
+
+    Every solver in smalti is such a table. x is where the network looks, x0 its estimate of the clean picture, h1 an
+    earlier estimate, z fresh noise.
+    """
+
+    solver: str = "dpmpp_2m"
+    """The solver's name, or `list` for all of them."""
+    steps: Annotated[int, arg(aliases=["--num-inference-steps"])] = 20
+    """Solver steps."""
+    process: str = "rectified_flow"
+    """The noise process: rectified_flow, vp_linear, vp_cosine ..."""
+    spacing: str | None = None
+    """Time grid: time, lambda, karras, quadratic, beta, ays ... (default: the solver's own)."""
+    solver_options: tuple[str, ...] = ()
+    """The solver's own options and the grid's as name=value: eta=1 shift=3 t_end=0.01."""
+    plot: Path | None = None
+    """Also draw it: grid, noise levels and coefficients, as PNG, SVG or PDF (needs matplotlib)."""
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Find the sampler settings that suit a run at a small number of network calls.
+
+    Example: smalti tune runs/mnist --budget 10
+
+    Searches solver x time grid x guidance scale and interval at --budget network calls by successive halving (few
+    samples of every setting, more of the better ones), then runs the best settings at fewer calls. Prints the frontier
+    of quality against calls beside the run's own setting; writes RUN/tune.json and RUN/tune.png.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run directory."""
+    budget: int = 10
+    """Network calls a picture."""
+    num_images: int = 1000
+    """Samples of the last round, and of the frontier."""
+    seed: int = 0
+    """Seed of the first sample."""
+    checkpoint: str | None = None
+    """A folder's name under checkpoints/ (default: the newest)."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Describe a run or a recipe: parameters by part, FLOPs, config, how it was trained.
+
+    Example: smalti info runs/mnist
+    """
+
+    run: Annotated[Positional[str], arg(metavar="RUN|RECIPE")]
+    """A run directory, or a recipe's name."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print a shell completion script.
+
+    Example: smalti completion bash > ~/.local/share/bash-completion/completions/smalti
+    """
+
+    shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")]
+    """bash, zsh or tcsh."""
+
+
+Command = Train | Sample | Eval | Explain | Tune | Info | Completion
+
+COMMANDS: dict[str, type[Any]] = {
+    "train": Train,
+    "sample": Sample,
+    "eval": Eval,
+    "explain": Explain,
+    "tune": Tune,
+    "info": Info,
+    "completion": Completion,
+}
+
+DESCRIPTION = """smalti: train, sample and measure diffusion transformers.
+
+Five minutes, from nothing to judged digits:
+
+    smalti train mnist --minutes 3       train DiT-Tiny on the bundled digits -> runs/mnist
+    smalti sample runs/mnist             draw digits -> samples/grid.png
+    smalti eval runs/mnist               how good are they?
+    smalti explain --steps 5             what did the solver do?
+    smalti tune runs/mnist --budget 10   which settings suit ten network calls?
+    smalti info runs/mnist               what is this model?
+
+`smalti COMMAND --help` teaches each command."""
