@@ -18,7 +18,8 @@ from smalti.sampling.guidance_schedules import (
     LinearScale,
     noise_level_interval,
 )
-from smalti.sampling.plan import Plan, PlanDraft, run_plan
+from smalti.sampling.guided import GuidanceOptions
+from smalti.sampling.plan import Plan, PlanDraft, Trajectories, run_plan, run_plans
 from smalti.sampling.solvers import make_plan, solver_names
 from smalti.sampling.thresholding import ClippedDenoiser, DynamicThreshold
 
@@ -30,6 +31,7 @@ __all__ = [
     "ConstantScale",
     "CosineScale",
     "DynamicThreshold",
+    "GuidanceOptions",
     "GuidanceScale",
     "GuidanceSchedule",
     "InpaintDenoiser",
@@ -39,11 +41,13 @@ __all__ = [
     "Plan",
     "PlanDraft",
     "RescaledGuidance",
+    "Trajectories",
     "make_plan",
     "noise_level_interval",
     "noised",
     "perturbed_attention",
     "run_plan",
+    "run_plans",
     "solver_names",
     "strength_to_start",
 ]

@@ -5,6 +5,7 @@ import torch
 from rich.table import Table
 
 from smalti.sampling.plan import Plan, Row
+from smalti.sampling.solvers import solver_entry, solver_names
 
 
 def _formula(row: Row, names: list[str]) -> str:
@@ -38,4 +39,16 @@ def plan_table(plan: Plan) -> Table:
             f"{plan.next_times[k]:.4f}",
             *(_formula(row, names) for row in plan.matrices[k]),
         )
+    return table
+
+
+def solver_table() -> Table:
+    """Every solver: what it is, its order, calls a step, default spacing and options."""
+    table = Table(title="solvers (smalti explain --solver NAME draws the table of one)")
+    for column in ("solver", "kind", "order", "calls a step", "spacing", "options", ""):
+        table.add_column(column, justify="right" if column in ("order", "calls a step") else "left")
+    for name in solver_names():
+        entry = solver_entry(name)
+        figures = entry.kind, str(entry.order), str(entry.calls_per_step), entry.spacing
+        table.add_row(name, *figures, ", ".join(entry.options), entry.summary)
     return table

@@ -10,7 +10,10 @@ So a plan can be printed, plotted, cached and tested against exact truth, and it
 are safe, and trajectories with different plans can share one forward pass.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,15 +25,21 @@ from smalti.diffusion.processes import Process
 from smalti.types import Condition, Denoiser, UserError
 
 Row = NDArray[np.float64]  # one linear combination of [registers..., x0, z]
+Terms = tuple[tuple[int, float | Tensor], ...]  # the same, sparse: (column, coefficient)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """A solver's table for one process and one time grid.
+    """A solver's table for one process and one time grid. Compared by identity.
 
     times [calls]: where the network is evaluated. matrices [calls, registers, registers + 2]: float64.
     next_times [calls]: the t that x stands at after the call (its noise level, for previews and for `explain`).
     orders [calls]: the order of the update that the call completes or begins.
+    start_row: (weight of x, weight of z) applied to the start before the first call, for methods that add noise there.
+    noise_log_ratio [calls]: ln(largest / smallest variance) of the noise; when set, the denoiser's variance logits say
+    per element where between the two the variance lies (Nichol and Dhariwal 2021, eq. 15), and z's column holds the
+    smallest. elements: (call, row, column) -> tensor of one sample's shape that is added to that entry, for methods
+    whose coefficients differ per element (DPM-Solver-v3).
     """
 
     solver: str
@@ -40,6 +49,9 @@ class Plan:
     next_times: NDArray[np.float64]
     matrices: NDArray[np.float64]
     orders: tuple[int, ...]
+    start_row: tuple[float, float] | None = None
+    noise_log_ratio: NDArray[np.float64] | None = None
+    elements: Mapping[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     @property
     def num_calls(self) -> int:
@@ -48,8 +60,27 @@ class Plan:
 
     @property
     def uses_noise(self) -> bool:
-        """Whether any row draws fresh noise."""
-        return bool(np.any(self.matrices[:, :, -1]))
+        """Whether the plan draws fresh noise."""
+        return bool(np.any(self.matrices[:, :, -1])) or (self.start_row is not None and self.start_row[1] != 0.0)
+
+    @cached_property
+    def terms(self) -> tuple[tuple[Terms | None, ...], ...]:
+        """matrices and elements, sparse: for each call and register its terms; None where a register is kept."""
+        columns = len(self.registers) + 2
+        table: list[tuple[Terms | None, ...]] = []
+        for call, matrix in enumerate(self.matrices.tolist()):
+            rows: list[Terms | None] = []
+            for i, row in enumerate(matrix):
+                entries: list[tuple[int, float | Tensor]] = []
+                for column in range(columns):
+                    element = self.elements.get((call, i, column))
+                    if element is not None:
+                        entries.append((column, element + row[column]))
+                    elif row[column] != 0.0:
+                        entries.append((column, row[column]))
+                rows.append(None if entries == [(i, 1.0)] else tuple(entries))
+            table.append(tuple(rows))
+        return tuple(table)
 
 
 @dataclass
@@ -59,15 +90,23 @@ class PlanDraft:
     solver: str
     process: Process
     registers: tuple[str, ...] = ("x",)
+    start_row: tuple[float, float] | None = None
     _times: list[float] = field(default_factory=list)
     _next_times: list[float] = field(default_factory=list)
     _matrices: list[Row] = field(default_factory=list)
     _orders: list[int] = field(default_factory=list)
+    _noise_log_ratios: list[float] = field(default_factory=list)
+    _elements: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """What a row combines: the registers, the estimate and the noise."""
+        return [*self.registers, "x0", "z"]
 
     def symbol(self, name: str) -> Row:
         """A register, "x0" (the estimate of this call) or "z" (its fresh noise), as a unit row."""
-        row = np.zeros(len(self.registers) + 2)
-        row[[*self.registers, "x0", "z"].index(name)] = 1.0
+        row = np.zeros(len(self.columns))
+        row[self.columns.index(name)] = 1.0
         return row
 
     def symbols(self, *names: str) -> list[Row]:
@@ -84,8 +123,20 @@ class PlanDraft:
         self._matrices.append(matrix)
         self._orders.append(order)
 
+    def learn_noise(self, log_ratio: float) -> None:
+        """The last call's noise varies per element within ln(largest / smallest variance) = log_ratio."""
+        self._noise_log_ratios.append(log_ratio)
+
+    def add_element(self, register: str, symbol: str, coefficient: Tensor) -> None:
+        """Add a coefficient of one sample's shape to the last call's weight of symbol in register."""
+        assert symbol != "z", "noise has one weight for all elements"
+        place = (len(self._times) - 1, self.registers.index(register), self.columns.index(symbol))
+        self._elements[place] = coefficient
+
     def finish(self) -> Plan:
         """The plan as drafted."""
+        ratios = self._noise_log_ratios
+        assert len(ratios) in (0, len(self._times)), "noise is learned in all calls or in none"
         return Plan(
             self.solver,
             self.process,
@@ -94,31 +145,183 @@ class PlanDraft:
             np.array(self._next_times),
             np.stack(self._matrices),
             tuple(self._orders),
+            self.start_row,
+            np.array(ratios) if ratios else None,
+            self._elements,
         )
 
 
-def combine(row: Row, sources: list[Tensor | None]) -> Tensor | None:
-    """The linear combination of sources that row names; a unit row gives its source itself, without a copy."""
-    (used,) = np.nonzero(row)
+@runtime_checkable
+class VarianceDenoiser(Protocol):
+    """A denoiser that also says how much of the allowed noise each element wants (learned-range variance)."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """As Denoiser's."""
+        ...
+
+    def with_variance(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
+        """(x0 estimate, variance logits), both of the shape of x; logits -1 and 1 are the ends of the range."""
+        ...
+
+
+def combine(terms: Terms, sources: Sequence[Tensor | None]) -> Tensor | None:
+    """The linear combination of sources that terms name; a unit term gives its source itself, without a copy.
+
+    A unit term may move a register that nothing was written to yet, as a history shifts at the first call.
+    """
     total: Tensor | None = None
-    for column in used:
-        source, coefficient = sources[column], float(row[column])
+    if len(terms) == 1 and not isinstance(terms[0][1], Tensor) and terms[0][1] == 1.0:
+        return sources[terms[0][0]]
+    for column, coefficient in terms:
+        source = sources[column]
         assert source is not None, "a plan reads a register that it has not written"
-        if len(used) == 1 and coefficient == 1.0:
-            return source
-        total = source * coefficient if total is None else total.add_(source, alpha=coefficient)
+        if isinstance(coefficient, Tensor):
+            coefficient = coefficient.to(source)
+            total = source * coefficient if total is None else total.addcmul_(source, coefficient)
+        else:
+            total = source * coefficient if total is None else total.add_(source, alpha=coefficient)
     if total is None:
-        x = sources[0]
-        assert x is not None
-        return torch.zeros_like(x)
+        assert sources[0] is not None
+        return torch.zeros_like(sources[0])
     return total
 
 
-def fresh_noise(x: Tensor, seeds: Tensor, call: int) -> Tensor:
-    """The noise z of one network call for each row of x, addressed by the row's seed and the call's number."""
-    return rng.normal(
-        tuple(x.shape[1:]), seed=seeds, purpose="sampling/step", call=call, device=x.device, dtype=x.dtype
-    )
+@dataclass
+class Trajectories:
+    """Rows of a batch that go through one plan together: their registers, and how many calls are behind them.
+
+    rows: int64 [group], their places in the batch. seeds: int64 [group]. x [group, ...]: the start, then the state.
+    """
+
+    plan: Plan
+    rows: Tensor
+    seeds: Tensor
+    x: Tensor
+    call: int = 0
+
+    def __post_init__(self) -> None:
+        self._kept: list[Tensor | None] = [None] * (len(self.plan.registers) - 1)
+        if self.plan.start_row is not None:
+            weight_x, weight_z = self.plan.start_row
+            # Its own purpose: the addresses of "sampling/step" begin with the first call.
+            self.x = weight_x * self.x + weight_z * self._noise("sampling/churn", 0)
+
+    @property
+    def done(self) -> bool:
+        """Whether every call is behind them."""
+        return self.call == self.plan.num_calls
+
+    @property
+    def t(self) -> float:
+        """Where the network is evaluated next."""
+        return float(self.plan.times[self.call])
+
+    def _noise(self, purpose: str, call: int) -> Tensor:
+        """Fresh noise, addressed by each row's seed and the call's number."""
+        shape, device, dtype = tuple(self.x.shape[1:]), self.x.device, self.x.dtype
+        return rng.normal(shape, seed=self.seeds, purpose=purpose, call=call, device=device, dtype=dtype)
+
+    def advance(self, x0: Tensor, variance_logits: Tensor | None = None) -> None:
+        """Take the estimate at (x, t), of the shape of x, and go on to the next call."""
+        assert x0.shape == self.x.shape, f"the denoiser gave {tuple(x0.shape)} for x of {tuple(self.x.shape)}"
+        noise = self._noise("sampling/step", self.call) if self.plan.matrices[self.call, :, -1].any() else None
+        if noise is not None and self.plan.noise_log_ratio is not None:
+            assert variance_logits is not None
+            # Nichol and Dhariwal 2021, eq. 15: variance = exp(v ln largest + (1 - v) ln smallest).
+            noise = noise * torch.exp(0.25 * self.plan.noise_log_ratio[self.call] * (variance_logits.to(noise) + 1))
+        registers = [self.x, *self._kept]
+        sources = [*registers, x0, noise]
+        new = [
+            register if terms is None else combine(terms, sources)
+            for register, terms in zip(registers, self.plan.terms[self.call], strict=True)
+        ]
+        assert new[0] is not None
+        self.x, self._kept = new[0], new[1:]
+        self.call += 1
+
+
+def _check_start(x: Tensor, seeds: Tensor) -> None:
+    if x.ndim == 0 or not x.is_floating_point():
+        raise UserError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}: needed is a floating point [batch, ...]")
+    if not bool(torch.isfinite(x).all()):
+        raise UserError("x has entries that are NaN or infinite: needed are finite numbers")
+    if seeds.shape != (len(x),) or seeds.is_floating_point():
+        raise UserError(
+            f"seeds has shape {tuple(seeds.shape)} and dtype {seeds.dtype}: "
+            f"one integer seed a sample is needed: ({len(x)},)"
+        )
+
+
+def _rows_of(cond: Condition, rows: Tensor) -> Condition:
+    return cond.map(lambda value: value[rows])
+
+
+def _estimate(
+    denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition | None, variance: bool
+) -> tuple[Tensor, Tensor | None]:
+    if not variance:
+        return denoiser(x, t, cond), None
+    if not isinstance(denoiser, VarianceDenoiser):
+        raise UserError('variance="learned" needs a denoiser with learned variances; this one has no with_variance')
+    return denoiser.with_variance(x, t, cond)
+
+
+def run_plans(
+    plans: Sequence[Plan],
+    denoiser_for: Callable[[Tensor], Denoiser],
+    x: Tensor,
+    cond: Condition | None = None,
+    seeds: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Run a batch in which every row has its own plan; rows with the same Plan object advance as one group.
+
+    plans: one a row of x [batch, ...], which stands at its plan's first time. At each tick all rows that are not done
+    share one network call: denoiser_for(rows) gives the denoiser of those rows (int64 [live], in the order of the
+    call; asked again only when that set changes), and cond is gathered likewise. So a row's result is what it gets
+    alone. seeds: int64 [batch], 0 .. batch - 1 by default; only plans that draw noise read them. progress(done, total)
+    counts the ticks. Returns x at the plans' last times, in the dtype of x. Raises UserError for x that is not finite,
+    for wrong shapes of plans or seeds, and for a learned variance that the denoiser does not have.
+    """
+    if seeds is None:
+        seeds = torch.arange(x.shape[0] if x.ndim else 0, device=x.device)
+    _check_start(x, seeds)
+    if len(plans) != len(x):
+        raise UserError(f"plans has {len(plans)} entries for {len(x)} rows of x: one plan a row is needed")
+    members: dict[Plan, list[int]] = {}
+    for row, plan in enumerate(plans):
+        members.setdefault(plan, []).append(row)
+    live = []
+    for plan, group in members.items():
+        rows = torch.tensor(group, device=x.device)
+        whole = len(members) == 1
+        live.append(Trajectories(plan, rows, seeds if whole else seeds[rows], x if whole else x[rows]))
+    end = torch.empty_like(x)
+    time_dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    total, tick, gathered = max((plan.num_calls for plan in members), default=0), 0, -1
+    while live:
+        if gathered != len(live):
+            gathered = len(live)
+            rows = torch.cat([group.rows for group in live])
+            sizes = [len(group.rows) for group in live]
+            denoiser = denoiser_for(rows)
+            live_cond = cond if cond is None or len(members) == 1 else _rows_of(cond, rows)
+            variance = any(group.plan.noise_log_ratio is not None for group in live)
+        current = live[0].x if len(live) == 1 else torch.cat([group.x for group in live])
+        parts = [torch.full((size,), group.t, dtype=time_dtype) for size, group in zip(sizes, live, strict=True)]
+        t = (parts[0] if len(live) == 1 else torch.cat(parts)).to(x.device)
+        x0, logits = _estimate(denoiser, current, t, live_cond, variance)
+        x0_parts = [x0] if len(live) == 1 else x0.split(sizes)
+        logits_parts: Sequence[Tensor | None] = [None] * len(live) if logits is None else logits.split(sizes)
+        for trajectories, x0_part, logits_part in zip(live, x0_parts, logits_parts, strict=True):
+            trajectories.advance(x0_part, logits_part)
+            if trajectories.done:
+                end[trajectories.rows] = trajectories.x
+        live = [group for group in live if not group.done]
+        tick += 1
+        if progress is not None:
+            progress(tick, total)
+    return end
 
 
 def run_plan(
@@ -127,32 +330,11 @@ def run_plan(
     x: Tensor,
     cond: Condition | None = None,
     seeds: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Run a plan from x [batch, ...] at the plan's first time; returns x at its last, in the dtype of x.
 
-    denoiser(x, t, cond) gives the x0 estimate for t float64 [batch] in [0, 1]. seeds: int64 [batch], one a
-    trajectory (0 .. batch - 1 by default); only plans that draw noise read them. Raises UserError on a wrong seeds
-    shape.
+    denoiser(x, t, cond) gives the x0 estimate for t float64 [batch] in [0, 1]. The other arguments and the errors are
+    those of run_plans, of which this is the case of one group.
     """
-    batch = x.shape[0]
-    if seeds is None:
-        seeds = torch.arange(batch, device=x.device)
-    if seeds.shape != (batch,):
-        raise UserError(f"seeds has shape {tuple(seeds.shape)}, one seed a sample is needed: ({batch},)")
-    registers: list[Tensor | None] = [x, *[None] * (len(plan.registers) - 1)]
-    time_dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    for call, (t, matrix) in enumerate(zip(plan.times, plan.matrices, strict=True)):
-        current = registers[0]
-        assert current is not None
-        t_batch = torch.full((batch,), float(t), dtype=time_dtype, device=x.device)
-        x0 = denoiser(current, t_batch, cond)
-        noise = fresh_noise(current, seeds, call) if matrix[:, -1].any() else None
-        sources = [*registers, x0, noise]
-        # A register that keeps itself may still be unwritten, so it is passed on rather than combined.
-        keeps = [row[i] == 1.0 and np.count_nonzero(row) == 1 for i, row in enumerate(matrix)]
-        registers = [
-            registers[i] if keep else combine(row, sources)
-            for i, (keep, row) in enumerate(zip(keeps, matrix, strict=True))
-        ]
-    assert registers[0] is not None
-    return registers[0]
+    return run_plans([plan] * (len(x) if x.ndim else 0), lambda rows: denoiser, x, cond, seeds, progress)
