@@ -15,5 +15,5 @@ def random_pipeline(**model_changes) -> Pipeline:
     network = build_model(config.model, seed=0).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
     return Pipeline(network, config)

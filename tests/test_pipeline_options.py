@@ -1,0 +1,152 @@
+"""What a pipeline call can ask for: mixed batches, editing, other processes, guidance options, and their errors."""
+
+import pytest
+import torch
+from random_pipeline import random_pipeline
+
+from smalti.pipeline import Editing, ImageRequest
+from smalti.sampling import GuidanceOptions, solver_names
+from smalti.types import UserError
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return random_pipeline()
+
+
+REQUESTS = [
+    ImageRequest(3, 11, "dpmpp_2m", 6, "time", 2.0),
+    ImageRequest(7, 12, "ddim", 9, None, 1.0),
+    ImageRequest(0, 13, "ddpm", 5, None, 3.5),
+    ImageRequest(9, 14, "unipc_2", 4, "karras", 1.5),
+    ImageRequest(3, 15, "edm_heun", 4, None, 2.0, (("s_churn", 2.0),)),
+    ImageRequest(1, 16, "dpmpp_2m", 6, "time", 2.5),
+    ImageRequest(2, 17, "flow_rk4", 2, None, 1.0, (("shift", 2.0),)),
+]
+
+
+def test_members_of_a_mixed_batch_get_the_picture_they_get_alone(pipe):
+    together = pipe.mixed(REQUESTS).tensor
+    for request, picture in zip(REQUESTS, together, strict=True):
+        alone = pipe(
+            [request.class_label],
+            seed=request.seed,
+            solver=request.solver,
+            num_inference_steps=request.num_inference_steps,
+            spacing=request.spacing,
+            guidance_scale=request.guidance_scale,
+            **dict(request.solver_options),
+        ).tensor[0]
+        assert (picture - alone).abs().max() < 1e-4, request
+
+
+def test_a_mixed_batch_shares_its_forwards(pipe):
+    calls = []
+    network = pipe.backbone
+    handle = network.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    try:
+        output = pipe.mixed(REQUESTS)
+    finally:
+        handle.remove()
+    assert len(calls) == max(plan.num_calls for plan in output.plans)
+
+
+@pytest.mark.parametrize("solver", solver_names())
+def test_every_solver_draws_from_a_pipeline(pipe, solver):
+    picture = pipe([5], solver=solver, num_inference_steps=4).tensor
+    assert torch.isfinite(picture).all()
+
+
+@pytest.mark.parametrize("process", ["edm", "vp_cosine", "gvp", "vp_linear", "interpolant"])
+def test_sampling_on_another_process_goes_to_the_same_picture(pipe, process):
+    """The probability-flow ODE from one start ends at one picture on every process of equal log-SNR."""
+    fine = {"solver": "dpmpp_2m", "num_inference_steps": 200, "spacing": "lambda", "guidance_scale": 1.0}
+    trained = pipe.process
+    other = pipe.on_process(process)
+    t_start = 0.9
+    log_snr = trained.log_snr(torch.tensor(t_start, dtype=torch.float64))
+    there = float(other.process.t_of_log_snr(log_snr))
+    here = pipe([5], t_start=t_start, **fine).tensor
+    assert (other([5], t_start=there, **fine).tensor - here).abs().max() < 2e-2
+
+
+def test_image_to_image_keeps_more_of_the_picture_at_lower_strength(pipe):
+    image = pipe([4], seed=3).tensor[0]
+    gaps = []
+    for strength in (0.1, 0.5, 0.9):
+        output = pipe([4], editing=Editing(image, strength=strength), num_inference_steps=8, guidance_scale=1.0)
+        gaps.append(float((output.tensor[0] - image).abs().mean()))
+    assert gaps[0] < gaps[1] < gaps[2]
+
+
+def test_inpainting_keeps_what_the_mask_keeps(pipe):
+    image = pipe([4], seed=3).tensor[0]
+    mask = torch.zeros(28, 28)
+    mask[:, 14:] = 1
+    output = pipe([4, 8], editing=Editing(image, mask=mask), num_inference_steps=8).tensor
+    assert (output[:, :, :, :14] - image[:, :, :14]).abs().max() < 1e-5
+    assert (output[:, :, :, 14:] - image[:, :, 14:]).abs().max() > 0.1
+
+
+def test_guidance_options_change_the_picture_and_scale_one_does_not(pipe):
+    plain = pipe([4], guidance_scale=3.0, num_inference_steps=6).tensor
+    for options in (
+        GuidanceOptions(interval=(0.3, 0.8)),
+        GuidanceOptions(schedule="cosine"),
+        GuidanceOptions(rescale=0.7),
+        GuidanceOptions(apg_eta=0.0),
+        GuidanceOptions(pag_scale=1.0, pag_layers=(1,)),
+    ):
+        assert not torch.equal(pipe([4], guidance_scale=3.0, guidance=options, num_inference_steps=6).tensor, plain)
+    off = pipe([4], guidance_scale=1.0, num_inference_steps=6).tensor
+    assert torch.equal(
+        pipe([4], guidance_scale=1.0, guidance=GuidanceOptions(rescale=0.7), num_inference_steps=6).tensor, off
+    )
+
+
+def test_a_negative_label_stands_in_the_null_labels_place(pipe):
+    null = pipe([4], guidance_scale=3.0, num_inference_steps=6).tensor
+    same = pipe([4], guidance_scale=3.0, num_inference_steps=6, negative_class_labels=[4]).tensor
+    plain = pipe([4], guidance_scale=1.0, num_inference_steps=6).tensor
+    assert (same - plain).abs().max() < 1e-5  # away from itself: nowhere
+    assert (null - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"solver": "dpmpp2m"}, "did you mean 'dpmpp_2m'"),
+        ({"spacing": "kerras"}, "did you mean 'karras'"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"solver": "dpmpp_3m", "num_inference_steps": 2}, "at least 3"),
+        ({"editing": Editing(torch.zeros(1, 28, 28), mask=torch.zeros(27, 28))}, "mask has shape"),
+        ({"editing": Editing(torch.zeros(3, 28, 28), strength=0.5)}, "editing.image has shape"),
+        ({"editing": Editing(torch.zeros(1, 28, 28), strength=1.5)}, "strength=1.5"),
+        ({"editing": Editing(torch.full((1, 28, 28), float("nan")), strength=0.5)}, "NaN"),
+        ({"negative_class_labels": [11]}, "class_labels"),
+        ({"guidance": GuidanceOptions(pag_scale=1.0, pag_layers=(7,))}, "7"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(pipe, arguments, says):
+    with pytest.raises(UserError, match=says) as caught:
+        pipe([1], **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_guidance_asked_of_an_unconditional_network_is_refused():
+    with pytest.raises(UserError, match="guidance_scale=2"):
+        random_pipeline(num_classes=0)(num_images=1, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rescale": 0.5, "apg_eta": 0.0},
+        {"interval": (0.8, 0.2)},
+        {"interval": (0.2, 0.8), "schedule": "linear"},
+        {"pag_scale": 1.0},
+    ],
+)
+def test_contradicting_guidance_options_are_refused(arguments):
+    with pytest.raises(UserError, match="guidance"):
+        GuidanceOptions(**arguments)
