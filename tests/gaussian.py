@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smalti import rng
 from smalti.diffusion import Process
 
 
@@ -40,10 +41,27 @@ class MixtureDenoiser:
     def __call__(self, x, t, cond=None):
         alpha, sigma = self.process.alpha(t)[:, None], self.process.sigma(t)[:, None]
         total = alpha**2 * self.std**2 + sigma**2
-        gaps = x[:, None] - alpha[:, :, None] * self.means
-        weights = torch.softmax(-(gaps**2).sum(-1) / (2 * total), dim=1)
-        posterior = self.means + (alpha * self.std**2 / total)[:, :, None] * gaps
-        return (weights[:, :, None] * posterior).sum(1)
+        # |x|^2 is the same for all components and falls out of the softmax.
+        logits = alpha * (x @ self.means.T - alpha * self.means.square().sum(1) / 2) / total
+        gain = alpha * self.std**2 / total
+        return gain * x + (1 - gain * alpha) * (torch.softmax(logits, dim=1) @ self.means)
+
+    def sample(self, t: float, seeds: Tensor) -> Tensor:
+        """Exact samples of x_t, [len(seeds), dimensions]."""
+        t_row = torch.tensor([t], dtype=torch.float64)
+        alpha, sigma = self.process.alpha(t_row), self.process.sigma(t_row)
+        u = rng.uniform(seed=seeds, purpose="test/component").reshape(-1)
+        noise = rng.normal(self.means.shape[1:], seed=seeds, purpose="test/sample", dtype=torch.float64)
+        spread = torch.sqrt(alpha**2 * self.std**2 + sigma**2)
+        return alpha * self.means[(u * len(self.means)).long()] + spread * noise
+
+    def moments(self, t: float) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of x_t."""
+        t_row = torch.tensor([t], dtype=torch.float64)
+        alpha, sigma = self.process.alpha(t_row), self.process.sigma(t_row)
+        gaps = alpha * (self.means - self.means.mean(0))
+        isotropic = (alpha**2 * self.std**2 + sigma**2) * torch.eye(self.means.shape[1], dtype=torch.float64)
+        return alpha * self.means.mean(0), gaps.T @ gaps / len(self.means) + isotropic
 
 
 def sample_gaussian_gap(denoiser: GaussianDenoiser, plan, x: Tensor, t_end: float) -> float:

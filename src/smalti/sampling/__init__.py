@@ -1,5 +1,6 @@
 """Solvers as tables (plans), the loop that runs them, time grids, guidance, thresholding and editing."""
 
+from smalti.sampling.adaptive import solve_adaptive
 from smalti.sampling.editing import InpaintDenoiser, noised, strength_to_start
 from smalti.sampling.guidance import (
     AdaptiveProjectedGuidance,
@@ -48,6 +49,7 @@ __all__ = [
     "perturbed_attention",
     "run_plan",
     "run_plans",
+    "solve_adaptive",
     "solver_names",
     "strength_to_start",
 ]

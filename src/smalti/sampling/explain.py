@@ -8,17 +8,23 @@ from smalti.sampling.plan import Plan, Row
 from smalti.sampling.solvers import solver_entry, solver_names
 
 
-def _formula(row: Row, names: list[str]) -> str:
+def _formula(row: Row, names: list[str], per_element: list[str]) -> str:
     terms = [f"{value:+.4g} {name}" for value, name in zip(row, names, strict=True) if value != 0.0]
+    terms += [f"+c {name}" for name in per_element]
     return " ".join(terms).removeprefix("+") or "0"
 
 
 def plan_table(plan: Plan) -> Table:
-    """Each network call: t, lambda, sigma, SNR, order, and the new registers as formulas of the old ones."""
+    """Each network call: t, lambda, sigma, SNR, order, and the new registers as formulas of the old ones.
+
+    "c" stands for a coefficient of each element's own, "z v" for noise whose variance the network has learned.
+    """
     table = Table(
         title=f"{plan.solver} on {plan.process.name}: {plan.num_calls} network calls"
         + (", draws noise" if plan.uses_noise else ", deterministic")
     )
+    if plan.start_row is not None:
+        table.caption = f"before the first call: x <- {_formula(np.array(plan.start_row), ['x', 'z'], [])}"
     for column in ("call", "t", "network time", "lambda", "sigma", "SNR", "order", "next t"):
         table.add_column(column, justify="right", no_wrap=True)
     for register in plan.registers:
@@ -26,7 +32,10 @@ def plan_table(plan: Plan) -> Table:
     t = torch.tensor(plan.times)
     log_snr, sigma = plan.process.log_snr(t).tolist(), plan.process.sigma(t).tolist()
     network_time = plan.process.network_time(t).tolist()
-    names = [*plan.registers, "x0", "z"]
+    names = [*plan.registers, "x0", "z" if plan.noise_log_ratio is None else "z v"]
+    per_element: dict[tuple[int, int], list[str]] = {}
+    for call, i, column in sorted(plan.elements):
+        per_element.setdefault((call, i), []).append(names[column])
     for k in range(plan.num_calls):
         table.add_row(
             str(k),
@@ -37,7 +46,7 @@ def plan_table(plan: Plan) -> Table:
             f"{np.exp(min(2 * log_snr[k], 700)):.3g}",
             str(plan.orders[k]),
             f"{plan.next_times[k]:.4f}",
-            *(_formula(row, names) for row in plan.matrices[k]),
+            *(_formula(row, names, per_element.get((k, i), [])) for i, row in enumerate(plan.matrices[k])),
         )
     return table
 

@@ -69,21 +69,20 @@ def _align_your_steps(process: Process, start: float, end: float, intervals: int
 
 @dataclass(frozen=True)
 class _Spacing:
-    """nodes(process, start, end, intervals) -> intervals + 1 times; whether lambda must be finite at both ends."""
+    """nodes(process, start, end, intervals) -> intervals + 1 times; whether it needs a finite lambda at both ends."""
 
     nodes: Callable[[Process, float, float, int], Times]
-    finite_start: bool = False
-    finite_end: bool = False
+    finite: bool = False
 
 
 _SPACINGS: dict[str, _Spacing] = {
     "time": _Spacing(_even_time),
     "quadratic": _Spacing(_quadratic),
     "beta": _Spacing(_beta),
-    "lambda": _Spacing(_even_lambda, True, True),
-    "exponential": _Spacing(_even_lambda, True, True),
-    "karras": _Spacing(_karras, True, True),
-    "ays": _Spacing(_align_your_steps, True),
+    "lambda": _Spacing(_even_lambda, True),
+    "exponential": _Spacing(_even_lambda, True),
+    "karras": _Spacing(_karras, True),
+    "ays": _Spacing(_align_your_steps),
 }
 
 
@@ -107,7 +106,8 @@ def time_grid(
     spacing: "time" and "quadratic" space t evenly and by squares, "beta" by quantiles of Beta(0.6, 0.6). "lambda"
     spaces the half-log-SNR evenly ("exponential", even in ln(sigma / alpha), is the same), "karras" is EDM's ramp in
     sigma / alpha with rho = 7; with t_end at 0, where lambda is infinite, their last step goes from process.t_min to 0,
-    and they begin at process.t_max at the latest. "ays" is the list of Align Your Steps for Stable Diffusion 1.5.
+    and a t_start past process.t_max takes that one's place in the ramp. "ays" is Align Your Steps' list for Stable
+    Diffusion 1.5.
     last_node: with t_end at 0, the t that the last step goes from, in place of the spacing's own.
     shift: every node but the two ends is moved by -ln(shift) in lambda, once; above 1 is more steps at high noise.
     Source of the shift: SD3 (Esser et al. 2024), eq. 23, whose s' = k s / (1 + (k - 1) s) this is for rectified flow.
@@ -124,9 +124,7 @@ def time_grid(
         raise UserError(f"t_start={start}, t_end={end}: needed is 0 <= t_end < t_start <= 1")
     if not 0.0 < shift < math.inf:
         raise UserError(f"shift={shift} must be above 0 and finite; 1 is no shift")
-    if kind.finite_start:
-        start = min(start, process.t_max)
-    if end == 0.0 and (kind.finite_end or last_node is not None):
+    if end == 0.0 and (kind.finite or last_node is not None):
         if num_inference_steps > 1:
             before = process.t_min if last_node is None else last_node
             inner = _nodes(kind, process, start, before, num_inference_steps - 1, f"spacing={spacing!r}")
@@ -148,9 +146,12 @@ def time_grid(
 
 def _nodes(kind: _Spacing, process: Process, start: float, end: float, intervals: int, field: str) -> Times:
     """The spacing's nodes with its ends snapped to start and end, checked to fall."""
-    if not end < start:
+    first = min(start, process.t_max) if kind.finite else start
+    if kind.finite and not math.isfinite(log_snr_at(process, first)):
+        first -= 1e-3  # a table that ends at pure noise
+    if not end < first:
         raise UserError(f"t_start={start}: {field} needs a t_start above {end} here")
-    times = kind.nodes(process, start, end, intervals)
+    times = kind.nodes(process, first, end, intervals)
     times[0], times[-1] = start, end
     if not np.all(np.diff(times) < 0.0):
         raise UserError(f"{field} has no {intervals} falling steps between t_start={start} and {end}: take fewer steps")

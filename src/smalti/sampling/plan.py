@@ -13,7 +13,6 @@ are safe, and trajectories with different plans can share one forward pass.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -151,19 +150,6 @@ class PlanDraft:
         )
 
 
-@runtime_checkable
-class VarianceDenoiser(Protocol):
-    """A denoiser that also says how much of the allowed noise each element wants (learned-range variance)."""
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
-        """As Denoiser's."""
-        ...
-
-    def with_variance(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        """(x0 estimate, variance logits), both of the shape of x; logits -1 and 1 are the ends of the range."""
-        ...
-
-
 def combine(terms: Terms, sources: Sequence[Tensor | None]) -> Tensor | None:
     """The linear combination of sources that terms name; a unit term gives its source itself, without a copy.
 
@@ -259,11 +245,14 @@ def _rows_of(cond: Condition, rows: Tensor) -> Condition:
 def _estimate(
     denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition | None, variance: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """The x0 estimate and, where asked for, the variance logits of a learned sigma."""
     if not variance:
         return denoiser(x, t, cond), None
-    if not isinstance(denoiser, VarianceDenoiser):
-        raise UserError('variance="learned" needs a denoiser with learned variances; this one has no with_variance')
-    return denoiser.with_variance(x, t, cond)
+    with_variance = getattr(denoiser, "with_variance", None)
+    if with_variance is None:
+        raise UserError(f'variance="learned" needs a denoiser with with_variance; {type(denoiser).__name__} has none')
+    x0, logits = with_variance(x, t, cond)
+    return x0, logits
 
 
 def run_plans(

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from smalti.diffusion.processes import Process, RectifiedFlow, VPDiscrete
+import torch
+
+from smalti.diffusion.processes import Process
 from smalti.sampling.grids import explicit_grid, time_grid
 from smalti.sampling.plan import Plan
 from smalti.sampling.solvers.ancestral import ddim, ddpm
 from smalti.sampling.solvers.consistency import consistency, lcm
 from smalti.sampling.solvers.edm import edm_euler, edm_heun
-from smalti.sampling.solvers.flow import flow_euler, flow_heun, flow_midpoint, flow_rk4
+from smalti.sampling.solvers.flow import flow_euler, flow_heun, flow_midpoint, flow_rk4, is_discrete
 from smalti.sampling.solvers.interpolant import sde_euler, sde_heun
 from smalti.sampling.solvers.multistep import dpmpp_2m, dpmpp_3m, dpmpp_sde_1, dpmpp_sde_2m, dpmpp_sde_3m
 from smalti.sampling.solvers.singlestep import dpm_solver_1, dpm_solver_2, dpm_solver_3, dpmpp_2s, dpmpp_3s
@@ -43,7 +45,7 @@ class SolverEntry:
     kind: Literal["ode", "sde"] = "ode"
     calls_per_step: int = 1
     min_steps: int = 1
-    in_t: bool = False  # steps in t by alpha' and sigma': starts at t = 1 on the straight path, needs continuous time
+    in_t: bool = False  # steps in t by alpha' and sigma': may start at pure noise, needs continuous time
     last_step_size: float | None = None  # length of the last step into t = 0, where the solver has its own
 
 
@@ -126,6 +128,10 @@ def _check_options(name: str, entry: SolverEntry, options: dict[str, Any]) -> No
             raise UserError(f"{option}={value!r} must be True or False")
 
 
+def _ends_in_pure_noise(process: Process) -> bool:
+    return float(process.alpha(torch.ones((), dtype=torch.float64))) == 0.0
+
+
 def make_plan(
     name: str,
     *,
@@ -150,7 +156,7 @@ def make_plan(
     """
     entry = solver_entry(name)
     _check_options(name, entry, options)
-    if entry.in_t and (getattr(process, "discrete", False) or isinstance(process, VPDiscrete)):
+    if entry.in_t and is_discrete(process):
         raise UserError(
             f"process {process.name!r} is a table of steps: solver {name!r} needs a continuous one, "
             f"such as {process.name.removesuffix('_discrete')!r}"
@@ -170,8 +176,8 @@ def make_plan(
         last_node = options.pop("last_step_size", entry.last_step_size)
         if last_node is not None and not 0.0 < last_node < 1.0:
             raise UserError(f"last_step_size={last_node} must lie between 0 and 1")
-        # The SDE with the score-based diffusion has no bound at pure noise, so it begins at t_max.
-        if t_start is None and entry.in_t and isinstance(process, RectifiedFlow) and options.get("diffusion") != "sbdm":
+        # The score-based diffusion has no bound at pure noise, so its SDE begins at t_max.
+        if t_start is None and entry.in_t and options.get("diffusion") != "sbdm" and _ends_in_pure_noise(process):
             t_start = 1.0
         grid = time_grid(
             process, num_inference_steps, spacing or entry.spacing, t_start, t_end, shift=shift, last_node=last_node

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smalti.diffusion.processes import Process
+from smalti.diffusion.processes import Process, VPDiscrete
 from smalti.sampling.plan import Plan, PlanDraft, Row
 from smalti.sampling.solvers.nodes import Node, first_order, nodes_of
 
@@ -25,11 +25,16 @@ def velocity(draft: PlanDraft, node: Node) -> Row:
     return weight_x * x + weight_x0 * x0
 
 
+def is_discrete(process: Process) -> bool:
+    """Whether the process is a table of steps, between which the path has no derivative to follow."""
+    return bool(getattr(process, "discrete", isinstance(process, VPDiscrete)))
+
+
 def is_straight(process: Process) -> bool:
     """Whether x_t is a straight line from x0 to eps: alpha' and sigma' are constant."""
     t = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     rates = torch.stack([process.alpha_dot(t), process.sigma_dot(t)])
-    return bool((rates == rates[:, :1]).all())
+    return bool(torch.allclose(rates, rates[:, :1], rtol=1e-12, atol=1e-12))
 
 
 def _first_order_end(draft: PlanDraft, s: Node, t: Node, one_call: bool) -> bool:
