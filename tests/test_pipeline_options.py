@@ -19,7 +19,7 @@ REQUESTS = [
     ImageRequest(7, 12, "ddim", 9, None, 1.0),
     ImageRequest(0, 13, "ddpm", 5, None, 3.5),
     ImageRequest(9, 14, "unipc_2", 4, "karras", 1.5),
-    ImageRequest(3, 15, "edm_heun", 4, None, 2.0, (("s_churn", 2.0),)),
+    ImageRequest(3, 15, "edm_heun", 4, None, 2.0, (("s_churn", 2.0), ("t_start", 0.98))),
     ImageRequest(1, 16, "dpmpp_2m", 6, "time", 2.5),
     ImageRequest(2, 17, "flow_rk4", 2, None, 1.0, (("shift", 2.0),)),
 ]
