@@ -33,8 +33,8 @@ def plan_table(plan: Plan) -> Table:
     network_time = plan.process.network_time(t).tolist()
     names = [*plan.registers, "x0", "z" if plan.noise_log_ratio is None else "z v"]
     per_element: dict[tuple[int, int], list[str]] = {}
-    for call, i, column in sorted(plan.elements):
-        per_element.setdefault((call, i), []).append(names[column])
+    for call, i, place in sorted(plan.elements):
+        per_element.setdefault((call, i), []).append(names[place])
     for k in range(plan.num_calls):
         table.add_row(
             str(k),
