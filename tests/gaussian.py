@@ -62,11 +62,3 @@ class MixtureDenoiser:
         gaps = alpha * (self.means - self.means.mean(0))
         isotropic = (alpha**2 * self.std**2 + sigma**2) * torch.eye(self.means.shape[1], dtype=torch.float64)
         return alpha * self.means.mean(0), gaps.T @ gaps / len(self.means) + isotropic
-
-
-def sample_gaussian_gap(denoiser: GaussianDenoiser, plan, x: Tensor, t_end: float) -> float:
-    """Largest error of a plan's end point against the exact flow's."""
-    from smalti.sampling import run_plan
-
-    exact = denoiser.exact_flow(x, float(plan.times[0]), t_end)
-    return float((run_plan(plan, denoiser, x) - exact).abs().max())

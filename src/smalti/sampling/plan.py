@@ -234,7 +234,7 @@ def _check_start(x: Tensor, seeds: Tensor) -> None:
     if seeds.shape != (len(x),) or seeds.is_floating_point():
         raise UserError(
             f"seeds has shape {tuple(seeds.shape)} and dtype {seeds.dtype}: "
-            f"one integer seed a sample is needed: ({len(x)},)"
+            f"one seed a sample is needed, int64 ({len(x)},)"
         )
 
 

@@ -13,7 +13,7 @@ from smalti.types import UserError
 
 
 def _churned(process: Process, node: Node, highest: Node, gamma: float) -> Node:
-    """The node at noise level s (1 + gamma), or at the grid's first where that is less."""
+    """The node at noise level s (1 + gamma), or at the process's highest where that is less."""
     level = min(node.s * (1.0 + gamma), highest.s)
     if not node.s < level < highest.s:
         return node if level <= node.s else highest
@@ -38,35 +38,37 @@ def _edm(
         raise UserError(f"s_tmax={s_tmax} must be at least s_tmin={s_tmin}")
     nodes = nodes_of(process, times)
     most = min(s_churn / (len(nodes) - 1), math.sqrt(2) - 1)
+    (highest,) = nodes_of(process, np.array([max(nodes[0].t, process.t_max)]))
     hats = [
-        _churned(process, node, nodes[0], most if s_tmin <= node.s <= s_tmax and node.s < math.inf else 0.0)
+        _churned(process, node, highest, most if s_tmin <= node.s <= s_tmax and node.s < math.inf else 0.0)
         for node in nodes[:-1]
     ]
 
-    def noise_weight(node: Node, hat: Node) -> float:
-        """Of z, in y."""
-        return s_noise * math.sqrt(max(hat.s**2 - node.s**2, 0.0)) if hat is not node else 0.0
+    def raised(x: Row, z: Row, i: int) -> Row:
+        """x at node i with the noise that takes it to hats[i]."""
+        if i == len(hats) or hats[i] is nodes[i]:
+            return x
+        noise = s_noise * math.sqrt(max(hats[i].s ** 2 - nodes[i].s ** 2, 0.0))
+        return hats[i].alpha * (x / nodes[i].alpha + noise * z)
 
     draft = PlanDraft(name, process, ("x", "anchor", "h1") if heun else ("x",))
     x, x0, z = draft.symbols("x", "x0", "z")
 
-    def arrive(row: Row, i: int) -> Row:
-        """x at node i, raised to the level that the next call wants."""
-        if i == len(hats) or hats[i] is nodes[i]:
-            return row
-        return hats[i].alpha * (row / nodes[i].alpha + noise_weight(nodes[i], hats[i]) * z)
-
+    if hats[0] is not nodes[0]:
+        weight_x, weight_z = raised(np.array([1.0, 0.0]), np.array([0.0, 1.0]), 0).tolist()
+        draft.start_row = (weight_x, weight_z)
     for i, (s, t) in enumerate(zip(hats, nodes[1:], strict=True)):
         euler = first_order(draft, s, t)
         next_t = hats[i + 1].t if i + 1 < len(hats) else t.t
         if not heun or t.sigma == 0.0 or s.alpha == 0.0:
-            draft.call(s.t, next_t, 1, x=arrive(euler, i + 1))
+            draft.call(s.t, next_t, 1, x=raised(euler, z, i + 1))
             continue
         draft.call(s.t, t.t, 2, x=euler, anchor=x, h1=x0)
         y_hat = draft.symbol("anchor") / s.alpha
         slope = (y_hat - draft.symbol("h1")) / s.s
         slope_at_end = (x / t.alpha - x0) / t.s
-        draft.call(t.t, next_t, 2, x=arrive(t.alpha * (y_hat + (t.s - s.s) * (slope + slope_at_end) / 2), i + 1))
+        heuns = t.alpha * (y_hat + (t.s - s.s) * (slope + slope_at_end) / 2)
+        draft.call(t.t, next_t, 2, x=raised(heuns, z, i + 1))
     return draft.finish()
 
 
@@ -95,6 +97,7 @@ def edm_heun(
     """EDM's sampler: Heun's second-order steps, Euler into sigma = 0. Source: Karras et al. 2022, algorithm 2.
 
     s_churn adds noise before each step whose level sigma / alpha lies in s_tmin .. s_tmax, scaled by s_noise; it does
-    not raise the level above the grid's first. num_inference_steps counts steps: 2 calls each, the last 1.
+    not raise the level above the process's highest (t_max), where the published code leaves the trained range.
+    num_inference_steps counts steps: 2 calls each, the last 1.
     """
     return _edm("edm_heun", process, times, s_churn, s_tmin, s_tmax, s_noise, heun=True)
