@@ -63,6 +63,11 @@ class Plan:
         return bool(np.any(self.matrices[:, :, -1])) or (self.start_row is not None and self.start_row[1] != 0.0)
 
     @cached_property
+    def draws_noise(self) -> tuple[bool, ...]:
+        """For each call whether any of its rows reads fresh noise."""
+        return tuple(bool(drawn) for drawn in np.any(self.matrices[:, :, -1], axis=1))
+
+    @cached_property
     def terms(self) -> tuple[tuple[Terms | None, ...], ...]:
         """matrices and elements, sparse: for each call and register its terms; None where a register is kept."""
         columns = len(self.registers) + 2
@@ -210,16 +215,15 @@ class Trajectories:
     def advance(self, x0: Tensor, variance_logits: Tensor | None = None) -> None:
         """Take the estimate at (x, t), of the shape of x, and go on to the next call."""
         assert x0.shape == self.x.shape, f"the denoiser gave {tuple(x0.shape)} for x of {tuple(self.x.shape)}"
-        noise = self._noise("sampling/step", self.call) if self.plan.matrices[self.call, :, -1].any() else None
+        noise = self._noise("sampling/step", self.call) if self.plan.draws_noise[self.call] else None
         if noise is not None and self.plan.noise_log_ratio is not None:
             assert variance_logits is not None
             # Nichol and Dhariwal 2021, eq. 15: variance = exp(v ln largest + (1 - v) ln smallest).
             noise = noise * torch.exp(0.25 * self.plan.noise_log_ratio[self.call] * (variance_logits.to(noise) + 1))
-        registers = [self.x, *self._kept]
-        sources = [*registers, x0, noise]
+        sources = [self.x, *self._kept, x0, noise]
         new = [
-            register if terms is None else combine(terms, sources)
-            for register, terms in zip(registers, self.plan.terms[self.call], strict=True)
+            sources[i] if terms is None else combine(terms, sources)
+            for i, terms in enumerate(self.plan.terms[self.call])
         ]
         assert new[0] is not None
         self.x, self._kept = new[0], new[1:]
@@ -240,6 +244,17 @@ def _check_start(x: Tensor, seeds: Tensor) -> None:
 
 def _rows_of(cond: Condition, rows: Tensor) -> Condition:
     return cond.map(lambda value: value[rows])
+
+
+def _gather(live: Sequence[Trajectories], sizes: Sequence[int], time_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x and t of all live rows, in the order of the groups."""
+    device = live[0].x.device
+    times = [
+        torch.full((size,), group.t, dtype=time_dtype, device=device) for size, group in zip(sizes, live, strict=True)
+    ]
+    if len(live) == 1:
+        return live[0].x, times[0]
+    return torch.cat([group.x for group in live]), torch.cat(times)
 
 
 def _estimate(
@@ -281,8 +296,8 @@ def run_plans(
     for row, plan in enumerate(plans):
         members.setdefault(plan, []).append(row)
     live = []
-    for plan, group in members.items():
-        rows = torch.tensor(group, device=x.device)
+    for plan, places in members.items():
+        rows = torch.tensor(places, device=x.device)
         whole = len(members) == 1
         live.append(Trajectories(plan, rows, seeds if whole else seeds[rows], x if whole else x[rows]))
     end = torch.empty_like(x)
@@ -296,17 +311,18 @@ def run_plans(
             denoiser = denoiser_for(rows)
             live_cond = cond if cond is None or len(members) == 1 else _rows_of(cond, rows)
             variance = any(group.plan.noise_log_ratio is not None for group in live)
-        current = live[0].x if len(live) == 1 else torch.cat([group.x for group in live])
-        parts = [torch.full((size,), group.t, dtype=time_dtype) for size, group in zip(sizes, live, strict=True)]
-        t = (parts[0] if len(live) == 1 else torch.cat(parts)).to(x.device)
-        x0, logits = _estimate(denoiser, current, t, live_cond, variance)
-        x0_parts = [x0] if len(live) == 1 else x0.split(sizes)
-        logits_parts: Sequence[Tensor | None] = [None] * len(live) if logits is None else logits.split(sizes)
-        for trajectories, x0_part, logits_part in zip(live, x0_parts, logits_parts, strict=True):
-            trajectories.advance(x0_part, logits_part)
-            if trajectories.done:
-                end[trajectories.rows] = trajectories.x
-        live = [group for group in live if not group.done]
+        x0, logits = _estimate(denoiser, *_gather(live, sizes, time_dtype), live_cond, variance)
+        if len(live) == 1:
+            live[0].advance(x0, logits)
+        else:
+            logits_parts: Sequence[Tensor | None] = [None] * len(live) if logits is None else logits.split(sizes)
+            for group, x0_part, logits_part in zip(live, x0.split(sizes), logits_parts, strict=True):
+                group.advance(x0_part, logits_part)
+        if any(group.done for group in live):
+            for group in live:
+                if group.done:
+                    end[group.rows] = group.x
+            live = [group for group in live if not group.done]
         tick += 1
         if progress is not None:
             progress(tick, total)
