@@ -50,7 +50,7 @@ def diffusers_sampler(batch_size: int, steps: int, keep_memory: bool) -> Callabl
 def smalti_sampler(batch_size: int, steps: int, compiled: bool) -> Callable[[], torch.Tensor]:
     """The pipeline as a user calls it, on the same plain DiT-Tiny."""
     keep_freed_memory()
-    config = replace(recipe("mnist"), model=DiTConfig(activation="gelu_tanh" if compiled else "gelu"))
+    config = replace(recipe("mnist"), model=DiTConfig(activation="gelu"))
     backbone = build_model(config.model).eval().requires_grad_(False)
     pipe = Pipeline(backbone, config)
     if compiled:

@@ -26,6 +26,7 @@ from smalti.sampling.guided import GuidanceOptions, guide
 from smalti.sampling.plan import Plan, run_plan, run_plans
 from smalti.sampling.solvers import make_plan
 from smalti.sampling.thresholding import ClippedDenoiser
+from smalti.sampling.wrapped import Estimate, Estimator, WrappedDenoiser
 from smalti.types import Backbone, Condition, Denoiser, UserError
 
 _MAX_SEED = 2**63
@@ -172,7 +173,7 @@ class Pipeline:
         denoiser = guide(on_sampled_process(network), null, guidance_scale, options, self.process, perturbed)
         if self.config.sampling.clip_x0:
             denoiser = ClippedDenoiser(denoiser)
-        return torch.compile(denoiser, dynamic=False) if self.compile else denoiser
+        return _CompiledDenoiser(denoiser, self._compiled_estimate) if self.compile else denoiser
 
     @torch.inference_mode()
     def __call__(
@@ -269,6 +270,10 @@ class Pipeline:
         tensor = run_plans(plans, denoiser_for, x, cond, all_seeds, progress).clamp(-1, 1)
         return PipelineOutput(tensor, seeds, tuple(labels.tolist()) if labels is not None else None, tuple(plans))
 
+    @cached_property
+    def _compiled_estimate(self) -> Callable[[Denoiser, Tensor, Tensor, Condition | None], Tensor]:
+        return torch.compile(_estimate, dynamic=False)
+
     @property
     def device(self) -> torch.device:
         """Where the network's weights are."""
@@ -344,6 +349,26 @@ class Pipeline:
         if any(not 0 <= s < _MAX_SEED for s in seeds):
             raise UserError(f"seed={seed} must lie in 0 .. 2^63 - 1")
         return seeds
+
+
+def _estimate(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
+    return denoiser(x, t, cond)
+
+
+@dataclass(frozen=True)
+class _CompiledDenoiser(WrappedDenoiser):
+    """A denoiser whose estimates run compiled; estimates with variance logits run as they are."""
+
+    denoiser: Denoiser
+    compiled: Callable[[Denoiser, Tensor, Tensor, Condition | None], Tensor]
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """x [batch, ...], t [batch] -> x0 estimate."""
+        return self.compiled(self.denoiser, x, t, cond)
+
+    def estimate(self, inner: Estimator, x: Tensor, t: Tensor, cond: Condition | None) -> Estimate:
+        """The wrapped estimate."""
+        return inner(self.denoiser, x, t, cond)
 
 
 def _checkpoint_folder(run: RunFolder, name: str | None) -> Path:
