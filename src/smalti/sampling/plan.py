@@ -60,12 +60,7 @@ class Plan:
     @property
     def uses_noise(self) -> bool:
         """Whether the plan draws fresh noise."""
-        return any(self.draws) or (self.start_row is not None and self.start_row[1] != 0.0)
-
-    @cached_property
-    def draws(self) -> tuple[bool, ...]:
-        """Which calls draw fresh noise."""
-        return tuple(bool(np.any(matrix[:, -1])) for matrix in self.matrices)
+        return bool(np.any(self.matrices[:, :, -1])) or (self.start_row is not None and self.start_row[1] != 0.0)
 
     @cached_property
     def terms(self) -> tuple[tuple[Terms | None, ...], ...]:
@@ -215,7 +210,7 @@ class Trajectories:
     def advance(self, x0: Tensor, variance_logits: Tensor | None = None) -> None:
         """Take the estimate at (x, t), of the shape of x, and go on to the next call."""
         assert x0.shape == self.x.shape, f"the denoiser gave {tuple(x0.shape)} for x of {tuple(self.x.shape)}"
-        noise = self._noise("sampling/step", self.call) if self.plan.draws[self.call] else None
+        noise = self._noise("sampling/step", self.call) if self.plan.matrices[self.call, :, -1].any() else None
         if noise is not None and self.plan.noise_log_ratio is not None:
             assert variance_logits is not None
             # Nichol and Dhariwal 2021, eq. 15: variance = exp(v ln largest + (1 - v) ln smallest).
