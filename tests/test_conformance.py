@@ -120,8 +120,6 @@ STOCHASTIC = [
     ("dpmpp_sde_1", {}, "vp_linear", NARROW),
     ("dpmpp_sde_2m", {}, "vp_linear", None),
     ("dpmpp_sde_3m", {}, "rectified_flow", None),
-    ("dpmpp_sde_3m", {"variant": "published"}, "vp_cosine", None),
-    ("edm_heun", {"s_churn": 40.0}, "rectified_flow", None),
     ("sde_euler", {}, "rectified_flow", None),
     ("sde_euler", {"diffusion": "sbdm"}, "vp_cosine", None),
     ("sde_heun", {}, "rectified_flow", None),

@@ -182,6 +182,33 @@ def test_interpolant_sde_is_that_of_sit(heun, last_step):
     torch.testing.assert_close(run_plan(plan, denoiser, start), x, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("constant", lambda tau, c: c),
+        ("sbdm", lambda tau, c: c * ((1 - tau) ** 2 / tau + (1 - tau))),  # (alpha'/alpha) sigma^2 - sigma sigma'
+        ("sigma", lambda tau, c: c * (1 - tau)),
+        ("linear", lambda tau, c: c * (1 - tau)),
+        ("decreasing", lambda tau, c: 0.25 * (c * math.cos(math.pi * tau) + 1) ** 2),
+        ("increasing-decreasing", lambda tau, c: c * math.sin(math.pi * tau) ** 2),
+    ],
+)
+def test_diffusion_forms_are_those_of_sit(form, expected):
+    plan = make_plan("sde_euler", process=FLOW, times=[0.8, 0.3, 0.1], diffusion=form, diffusion_scale=0.7)
+    diffusions = plan.matrices[:, 0, -1] ** 2 / (2 * (plan.times - plan.next_times))
+    np.testing.assert_allclose(diffusions, [expected(1 - t, 0.7) for t in plan.times], rtol=1e-12)
+
+
+def test_lcm_weighs_its_estimate_by_the_published_boundary_conditions():
+    """c_skip = 1 at DDPM's step 0, and 0.25 / (q^2 + 0.25) with q = 10 at step 1."""
+    process = make_process("vp_linear_discrete")
+    plan = make_plan("lcm", process=process, times=[0.002, 0.001, 0.0])
+    alpha, sigma = process.alpha(torch.tensor(0.001).double()), process.sigma(torch.tensor(0.001).double())
+    c_skip, c_out = 0.25 / 100.25, 10 / math.sqrt(100.25)
+    first = [float(alpha) * c_skip, float(alpha) * c_out, float(sigma)]
+    np.testing.assert_allclose(plan.matrices[:, 0], [first, [1.0, 0.0, 0.0]], atol=1e-12)
+
+
 def test_consistency_sampling_puts_the_published_noise_back():
     """Song et al. 2023, algorithm 1: x0 + sqrt(tau^2 - eps^2) z, in x / alpha."""
     plan = make_plan("consistency", process=PROCESS, times=[0.9, 0.3, 0.0])

@@ -165,3 +165,17 @@ def test_singlestep_calls_are_shared_out_as_in_the_official_code():
     assert [step_orders(n, 3, True) for n in (3, 4, 5, 9)] == [[2, 1], [3, 1], [3, 2], [3, 3, 2, 1]]
     assert [step_orders(n, 2, True) for n in (2, 3)] == [[2], [2, 1]]
     assert [step_orders(n, 3, False) for n in (5, 6)] == [[2, 3], [3, 3]]
+
+
+DETERMINISTIC = [name for name in solver_names() if solver_entry(name).kind == "ode"]
+
+
+@pytest.mark.parametrize("solver", [name for name in DETERMINISTIC if solver_entry(name).order > 1])
+def test_every_higher_order_solver_can_end_at_lower_order(solver):
+    plans = [
+        make_plan(solver, process=make_process("vp_cosine"), num_inference_steps=6, t_end=0.1, lower_order_final=lower)
+        for lower in (False, True)
+    ]
+    full, lowered = (plan.orders[-1] for plan in plans)
+    assert lowered < full or solver in ("dpm_solver_2", "dpmpp_2s")  # 6 calls are 3 whole steps of order 2
+    assert full >= 2

@@ -87,11 +87,13 @@ _SOLVERS: dict[str, SolverEntry] = {
         unipc_3, 4, "lambda", "predictor of order 3 with its corrector", (*_FINAL, "bh", "corrector"), min_steps=3
     ),
     "edm_euler": SolverEntry(edm_euler, 1, "karras", "Euler in sigma / alpha, with churn", _CHURN),
-    "edm_heun": SolverEntry(edm_heun, 2, "karras", "Heun in sigma / alpha, with churn", _CHURN, calls_per_step=2),
+    "edm_heun": SolverEntry(
+        edm_heun, 2, "karras", "Heun in sigma / alpha, with churn", (*_CHURN, *_FINAL), calls_per_step=2
+    ),
     "flow_euler": SolverEntry(flow_euler, 1, "time", "Euler in t, as SD3 and FLUX sample", in_t=True),
-    "flow_midpoint": SolverEntry(flow_midpoint, 2, "time", "midpoint rule in t", calls_per_step=2, in_t=True),
-    "flow_heun": SolverEntry(flow_heun, 2, "time", "Heun in t", calls_per_step=2, in_t=True),
-    "flow_rk4": SolverEntry(flow_rk4, 4, "time", "classical Runge-Kutta in t", calls_per_step=4, in_t=True),
+    "flow_midpoint": SolverEntry(flow_midpoint, 2, "time", "midpoint rule in t", _FINAL, calls_per_step=2, in_t=True),
+    "flow_heun": SolverEntry(flow_heun, 2, "time", "Heun in t", _FINAL, calls_per_step=2, in_t=True),
+    "flow_rk4": SolverEntry(flow_rk4, 4, "time", "classical Runge-Kutta in t", _FINAL, calls_per_step=4, in_t=True),
     "sde_euler": SolverEntry(
         sde_euler, 1, "time", "Euler-Maruyama on the interpolant's SDE (SiT)", _SIT, "sde", in_t=True,
         last_step_size=0.04,

@@ -29,6 +29,7 @@ def _edm(
     s_tmax: float,
     s_noise: float,
     heun: bool,
+    lower_order_final: bool = False,
 ) -> Plan:
     """Source: Karras et al. 2022, algorithm 2, in y = x / alpha; noise of a step is folded into the row before it."""
     for field, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
@@ -60,7 +61,8 @@ def _edm(
     for i, (s, t) in enumerate(zip(hats, nodes[1:], strict=True)):
         euler = first_order(draft, s, t)
         next_t = hats[i + 1].t if i + 1 < len(hats) else t.t
-        if not heun or t.sigma == 0.0 or s.alpha == 0.0:
+        final = i == len(hats) - 1 and lower_order_final
+        if not heun or final or t.sigma == 0.0 or s.alpha == 0.0:
             draft.call(s.t, next_t, 1, x=raised(euler, z, i + 1))
             continue
         draft.call(s.t, t.t, 2, x=euler, anchor=x, h1=x0)
@@ -93,11 +95,13 @@ def edm_heun(
     s_tmin: float = 0.0,
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
+    lower_order_final: bool = False,
 ) -> Plan:
     """EDM's sampler: Heun's second-order steps, Euler into sigma = 0. Source: Karras et al. 2022, algorithm 2.
 
     s_churn adds noise before each step whose level sigma / alpha lies in s_tmin .. s_tmax, scaled by s_noise; it does
     not raise the level above the process's highest (t_max), where the published code leaves the trained range.
-    num_inference_steps counts steps: 2 calls each, the last 1.
+    num_inference_steps counts steps: 2 calls each, the last 1. lower_order_final takes the last by Euler also where it
+    does not end at sigma = 0.
     """
-    return _edm("edm_heun", process, times, s_churn, s_tmin, s_tmax, s_noise, heun=True)
+    return _edm("edm_heun", process, times, s_churn, s_tmin, s_tmax, s_noise, True, lower_order_final)
