@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smalti.diffusion.processes import Process, VPDiscrete
+from smalti.diffusion.processes import Process
 from smalti.sampling.plan import Plan, PlanDraft, Row
 from smalti.sampling.solvers.nodes import Node, first_order, nodes_of
 
@@ -27,7 +27,7 @@ def velocity(draft: PlanDraft, node: Node) -> Row:
 
 def is_discrete(process: Process) -> bool:
     """Whether the process is a table of steps, between which the path has no derivative to follow."""
-    return bool(getattr(process, "discrete", isinstance(process, VPDiscrete)))
+    return process.discrete
 
 
 def is_straight(process: Process) -> bool:
