@@ -246,8 +246,9 @@ def plot_frontier(own: Score, frontier: Sequence[Score], tried: Sequence[Score],
     for score in frontier:
         place = (score.network_calls, score.frechet)
         text = f"{score.setting.solver}, {score.accuracy:.1%}"
-        axes.annotate(text, place, xytext=(4, 6), textcoords="offset points", fontsize=8)
+        axes.annotate(text, place, xytext=(0, 8), textcoords="offset points", fontsize=8, rotation=50)
     axes.set(xlabel="network calls", ylabel="judge Frechet distance", yscale="log", title="what the calls buy")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     figure.savefig(path, dpi=120)
     return path
