@@ -236,6 +236,7 @@ def plot_frontier(own: Score, frontier: Sequence[Score], tried: Sequence[Score],
     """Frechet distance against network calls, everything tried in grey; None where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -248,7 +249,7 @@ def plot_frontier(own: Score, frontier: Sequence[Score], tried: Sequence[Score],
         text = f"{score.setting.solver}, {score.accuracy:.1%}"
         axes.annotate(text, place, xytext=(0, 8), textcoords="offset points", fontsize=8, rotation=50)
     axes.set(xlabel="network calls", ylabel="judge Frechet distance", yscale="log", title="what the calls buy")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     figure.savefig(path, dpi=120)
     return path

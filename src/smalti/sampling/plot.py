@@ -17,6 +17,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install 'smalti[eval]'") from None
     process = plan.process
@@ -45,7 +46,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
         if np.any(row):
             weights.bar(np.arange(plan.num_calls) + column * width - 0.4, row, width, align="edge", label=name)
     weights.axhline(0, color="0.5", linewidth=0.8)
-    weights.xaxis.get_major_locator().set_params(integer=True)
+    weights.xaxis.set_major_locator(MaxNLocator(integer=True))
     weights.set(xlabel="call", ylabel="weight", title="what the next x is made of")
     weights.legend(ncols=len(names))
     try:
