@@ -19,6 +19,7 @@ FLOORS = [
     ["optim"],
     ["config"],
     ["checkpoint", "run_folder", "images"],
+    ["interop"],
     ["pipeline"],
     ["training"],
     ["evaluation"],

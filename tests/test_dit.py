@@ -6,11 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_training import validation_losses
 from torch.utils.flop_counter import FlopCounterMode
 
-from smalti.models import DiT, DiTConfig, build_model, count_parameters, forward_flops, preset, preset_names
-from smalti.nn.attention import attention, rotate_pairs
-from smalti.nn.embeddings import patchify, rope_angles_2d, unpatchify
+from smalti.models import (
+    DiT,
+    DiTConfig,
+    build_model,
+    count_parameters,
+    forward_flops,
+    forward_with_features,
+    preset,
+    preset_names,
+)
+from smalti.nn.attention import attention
+from smalti.nn.embeddings import patchify, unpatchify
+from smalti.nn.positions import rope_angles_2d, rotate_pairs
 from smalti.types import Condition, UserError
 
 TINY = DiTConfig(image_size=(8, 12), in_channels=2, patch_size=2, width=32, depth=2, num_heads=4)
@@ -148,3 +159,21 @@ def test_impossible_shapes_are_refused(change, says):
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'DiT-XL/2'"):
         preset("DiT-XL-2")
+
+
+def test_training_lowers_the_validation_loss():
+    model = build_model(DiTConfig(width=64, depth=2, initialisation="wide"))
+    before, after = validation_losses(model, list(model.parameters()), lambda labels: Condition(class_labels=labels))
+    assert before > 1.2
+    assert after < 0.6
+
+
+def test_features_by_name():
+    model = randomised(TINY)
+    x, t, cond = inputs(TINY)
+    output, features = forward_with_features(model, ["blocks.1", "blocks.0.attn"], x, t, cond)
+    assert torch.equal(output, model(x, t, cond))
+    assert features["blocks.1"].shape == features["blocks.0.attn"].shape == (3, 24, 32)
+    assert not model.blocks[1]._forward_hooks
+    with pytest.raises(UserError, match=r"did you mean 'blocks.1'"):
+        forward_with_features(model, ["blocks.7"], x, t, cond)

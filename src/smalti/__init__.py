@@ -11,14 +11,15 @@ __version__ = "0.1.0"
 __all__ = ["Condition", "Pipeline", "__version__", "load", "load_backbone"]
 
 if TYPE_CHECKING:
-    from smalti.pipeline import Pipeline, load, load_backbone
+    from smalti.interop import load_backbone
+    from smalti.pipeline import Pipeline, load
     from smalti.types import Condition
 
 _HOMES = {
     "Condition": "smalti.types",
     "Pipeline": "smalti.pipeline",
     "load": "smalti.pipeline",
-    "load_backbone": "smalti.pipeline",
+    "load_backbone": "smalti.interop",
 }
 
 

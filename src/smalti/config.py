@@ -15,7 +15,7 @@ from smalti.diffusion.objective import Objective, check_objective
 from smalti.diffusion.processes import make_process
 from smalti.diffusion.timesteps import LogitNormalTimesteps, TimestepDensity, check_density
 from smalti.models.dit import DiTConfig
-from smalti.models.registry import ModelConfig
+from smalti.models.registry import LabelledModelConfig, ModelConfig
 from smalti.optim.ema import EmaConfig, PowerEma
 from smalti.optim.optimizers import MuonConfig, OptimizerConfig
 from smalti.optim.schedule import Schedule
@@ -95,7 +95,7 @@ class RunConfig:
     data: Literal["digits"] = "digits"
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
-    model: ModelConfig = field(default_factory=DiTConfig)
+    model: LabelledModelConfig = field(default_factory=DiTConfig)
     process: str = "rectified_flow"
     objective: Objective = field(default_factory=Objective)
     timesteps: TimestepDensity = field(default_factory=LogitNormalTimesteps)
@@ -162,7 +162,8 @@ def _value_from_json(annotation: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{path} must be an object, not {value!r}")
         by_kind = {_kind(c): c for c in choices}
-        kind = value.get("kind", _kind(choices[0]) if len(choices) == 1 else None)
+        # A model's config that was written when there was only one architecture has no kind.
+        kind = value.get("kind", _kind(choices[0]) if len(choices) == 1 or path == "model" else None)
         if kind not in by_kind:
             raise UserError(f"{path}.kind is {kind!r}; known: {', '.join(by_kind)}")
         return from_json(by_kind[kind], {k: v for k, v in value.items() if k != "kind"}, path)
@@ -181,6 +182,12 @@ def from_json(cls: Any, body: Mapping[str, Any], path: str = "") -> Any:
     if unknown:
         raise UserError(f"unknown key {path + '.' if path else ''}{unknown[0]}; known: {', '.join(sorted(names))}")
     return cls(**{k: _value_from_json(hints[k], v, f"{path}.{k}" if path else k) for k, v in body.items()})
+
+
+def model_from_json(body: Mapping[str, Any]) -> ModelConfig:
+    """A network's config from to_json's output. Raises UserError for an unknown kind or field."""
+    config: ModelConfig = _value_from_json(ModelConfig, body, "model")
+    return config
 
 
 def _leaf_paths(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,15 +11,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti import rng
-from smalti.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from smalti.config import RunConfig
 from smalti.diffusion.denoiser import NetworkDenoiser
 from smalti.diffusion.prediction import usable_at_pure_noise
 from smalti.diffusion.processes import Process, make_process
 from smalti.diffusion.switch import SwitchedDenoiser
 from smalti.images import to_pil
-from smalti.models.registry import build_model
-from smalti.run_folder import RunFolder, read_config
+from smalti.interop.load import load_backbone
+from smalti.run_folder import read_config
 from smalti.sampling.editing import InpaintDenoiser, noised, strength_to_start
 from smalti.sampling.guidance import perturbed_attention
 from smalti.sampling.guided import GuidanceOptions, guide
@@ -369,41 +368,6 @@ class _CompiledDenoiser(WrappedDenoiser):
     def estimate(self, inner: Estimator, x: Tensor, t: Tensor, cond: Condition | None) -> Estimate:
         """The wrapped estimate."""
         return inner(self.denoiser, x, t, cond)
-
-
-def _checkpoint_folder(run: RunFolder, name: str | None) -> Path:
-    folders = list_checkpoints(run.checkpoints)
-    if not folders:
-        raise CheckpointError(f"no checkpoint in {run.checkpoints}: the run has not saved one yet")
-    if name is None:
-        return folders[-1]
-    chosen = run.checkpoints / name
-    if chosen not in folders:
-        raise CheckpointError(
-            f"no checkpoint {name!r} in {run.checkpoints}; there: {', '.join(f.name for f in folders)}"
-        )
-    return chosen
-
-
-def load_backbone(path: str | Path, *, checkpoint: str | None = None, ema: bool = True) -> nn.Module:
-    """The bare network of a run with its EMA weights (ema=False: the raw ones), in eval mode.
-
-    checkpoint: a folder's name under checkpoints/, the newest by default. Raises UserError naming what is missing or
-    damaged, and the older checkpoint that is whole.
-    """
-    run = RunFolder(Path(path))
-    config = read_config(run.path)
-    folder = _checkpoint_folder(run, checkpoint)
-    group = "ema" if ema else "model"
-    try:
-        weights = read_checkpoint(folder, (group,)).tensors[group]
-    except CheckpointError as error:
-        older = [f.name for f in list_checkpoints(run.checkpoints) if f.name < folder.name]
-        hint = f"; an older one is there: pass checkpoint={older[-1]!r}" if older else ""
-        raise CheckpointError(f"{error}{hint}") from None
-    model = build_model(config.model, config.seed)
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
 
 
 def load(path: str | Path, *, checkpoint: str | None = None, ema: bool = True, device: str = "cpu") -> Pipeline:

@@ -16,16 +16,18 @@ conditioning needs (docs/LOG.md).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smalti.nn.attention import SelfAttention, shallow_copy
-from smalti.nn.embeddings import TimestepEmbedder, patchify, rope_angles_2d, sincos_positions_2d, unpatchify
-from smalti.nn.feedforward import Activation, FeedForward
+from smalti.nn.attention import SelfAttention, attention_flops, shallow_copy
+from smalti.nn.embeddings import TimestepEmbedder, patchify, unpatchify
+from smalti.nn.feedforward import Activation, FeedForward, feedforward_flops, gated_width
+from smalti.nn.modulation import modulate
+from smalti.nn.positions import rope_angles_2d, sincos_grid
 from smalti.types import Condition, UserError
 
 _NORM_EPS = 1e-6
@@ -35,6 +37,7 @@ _NORM_EPS = 1e-6
 class DiTConfig:
     """The shape of a DiT. The defaults are DiT-Tiny for the bundled digits."""
 
+    kind: ClassVar[str] = "dit"
     image_size: tuple[int, int] = (28, 28)  # height, width of the input in pixels (or latents)
     in_channels: int = 1
     patch_size: int = 4
@@ -74,17 +77,15 @@ class DiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def hidden_width(self) -> int:
+        """Width inside the feed-forward layers; a gated one is narrower, so that the parameters stay as many."""
+        hidden = int(self.width * self.mlp_ratio)
+        return gated_width(hidden) if self.activation in ("swiglu", "geglu") else hidden
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-
-def modulate(
-    x_BND: Float[Tensor, "B N D"], shift_B1D: Float[Tensor, "B 1 D"], scale_B1D: Float[Tensor, "B 1 D"], eps: float
-) -> Float[Tensor, "B N D"]:
-    """LayerNorm without weights, then (1 + scale) and shift from the condition. Source: DiT, section 3.2."""
-    normed = F.layer_norm(x_BND, (x_BND.shape[-1],), eps=eps)
-    return torch.addcmul(shift_B1D, normed, 1 + scale_B1D)
 
 
 class DiTBlock(nn.Module):
@@ -94,7 +95,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.mlp_norm_eps = config.mlp_norm_eps
         self.attn = SelfAttention(config.width, config.num_heads, config.qk_norm)
-        self.mlp = FeedForward(config.width, int(config.width * config.mlp_ratio), config.activation)
+        self.mlp = FeedForward(config.width, config.hidden_width, config.activation)
 
     def forward(
         self,
@@ -134,7 +135,7 @@ class DiT(nn.Module):
         if config.positions == "learned":
             self.positions_ND = nn.Parameter(torch.zeros(rows * columns, width))
         else:
-            table = sincos_positions_2d(width, rows, columns) if "sincos" in config.positions else None
+            table = sincos_grid(width, rows, columns) if "sincos" in config.positions else None
             self.register_buffer("positions_ND", table, persistent=False)
         rope = rope_angles_2d(width // config.num_heads, rows, columns) if "rope" in config.positions else None
         self.register_buffer("rope_2NK", rope, persistent=False)
@@ -209,18 +210,20 @@ class DiT(nn.Module):
         return unpatchify(x_BNP, self.config.patch_size, height, width)
 
 
-def forward_flops(config: DiTConfig) -> int:
-    """Floating-point operations of one forward at batch 1 (a multiply-add counts two), matrix products only."""
+def forward_flops(config: DiTConfig, input_size: tuple[int, ...] | None = None, text_tokens: int = 0) -> int:
+    """Operations of one forward at batch 1 (a multiply-add counts two), matrix products only.
+
+    A DiT has one input size and reads no text: the other arguments are those of every architecture (registry).
+    """
+    assert input_size in (None, config.image_size)
+    assert text_tokens == 0
     rows, columns = config.grid
     tokens, width, patch_area = rows * columns, config.width, config.patch_size**2
-    hidden = int(width * config.mlp_ratio)
-    mlp_weights = 2 * width * hidden
-    if config.activation == "swiglu":
-        mlp_weights = 3 * width * max(8, 2 * hidden // 3 // 8 * 8)
-    block = tokens * (4 * width * width + mlp_weights) + 2 * tokens * tokens * width
+    mlp = feedforward_flops(width, config.hidden_width, config.activation)
+    block = tokens * (8 * width * width + mlp) + attention_flops(width, tokens, tokens)
     condition = 256 * width + width * width + (6 * config.depth + 2) * width * width
     ends = tokens * width * patch_area * (config.in_channels + config.out_channels)
-    return 2 * (config.depth * block + condition + ends)
+    return config.depth * block + 2 * (condition + ends)
 
 
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # DiT, table 1

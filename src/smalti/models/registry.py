@@ -1,36 +1,72 @@
 """Architectures by name: build one from its config, count its parameters and operations."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
 import torch
+from torch import nn
 
 from smalti.models import dit
 from smalti.models.dit import DiT, DiTConfig
 from smalti.types import unknown_name
 
-ModelConfig = DiTConfig  # grows to a union with the second architecture
+ModelConfig = DiTConfig  # the union of all config_types below
+LabelledModelConfig = DiTConfig  # of those that the recipes train: image_size, in_channels and num_classes say on what
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One network: its config's class, its module's, its sizes by the papers' names and its operations.
+
+    forward_flops(config, input_size=None, text_tokens=0): of one forward at batch 1, matrix products and convolutions
+    only. input_size: (height, width), videos (frames, height, width); None takes the config's own size.
+    """
+
+    config_type: type
+    network: Callable[[Any], nn.Module]
+    presets: Callable[[], dict[str, Any]]
+    forward_flops: Callable[..., int]
+
+
+_ARCHITECTURES = (Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),)
+
+
+def _architecture_of(config: ModelConfig) -> Architecture:
+    return next(a for a in _ARCHITECTURES if isinstance(config, a.config_type))
+
+
+def _presets() -> dict[str, ModelConfig]:
+    return {name: config for a in _ARCHITECTURES for name, config in a.presets().items()}
 
 
 def preset_names() -> list[str]:
     """The papers' names that preset() takes."""
-    return sorted(dit.dit_presets())
+    return sorted(_presets())
 
 
 def preset(name: str) -> ModelConfig:
     """A config by its paper's name, such as "DiT-XL/2". Raises UserError with the nearest names."""
-    presets = dit.dit_presets()
+    presets = _presets()
     if name not in presets:
         raise unknown_name("model preset", name, presets)
     return presets[name]
 
 
-def build_model(config: ModelConfig, seed: int = 0) -> DiT:
+def network_of(config: ModelConfig) -> nn.Module:
+    """The network of a config with PyTorch's default weights, for those who load others into it."""
+    return _architecture_of(config).network(config)
+
+
+def build_model(config: ModelConfig, seed: int = 0) -> nn.Module:
     """The network of a config with its published initialisation, a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):  # the layers' own initialisation must not move the caller's generator
-        model = DiT(config)
-    model.initialise(torch.Generator().manual_seed(seed))
+        model = network_of(config)
+    cast(Any, model).initialise(torch.Generator().manual_seed(seed))
     return model
 
 
-def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters by top-level part, in the order of the module's definition."""
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -39,6 +75,6 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     return parts
 
 
-def forward_flops(config: ModelConfig) -> int:
-    """Floating-point operations of one forward at batch 1, matrix products only."""
-    return dit.forward_flops(config)
+def forward_flops(config: ModelConfig, input_size: tuple[int, ...] | None = None, text_tokens: int = 0) -> int:
+    """Floating-point operations of one forward at batch 1, matrix products and convolutions only (Architecture)."""
+    return _architecture_of(config).forward_flops(config, input_size, text_tokens)

@@ -8,8 +8,10 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from smalti.nn.positions import rotate_pairs
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -19,25 +21,20 @@ _PLAIN_ATTENTION_TOKENS = 256
 
 
 def attention(
-    q_BHNK: Float[Tensor, "B H N K"], k_BHMK: Float[Tensor, "B H M K"], v_BHMK: Float[Tensor, "B H M K"]
+    q_BHNK: Float[Tensor, "B H N K"],
+    k_BHMK: Float[Tensor, "B H M K"],
+    v_BHMK: Float[Tensor, "B H M K"],
+    mask_BM: Bool[Tensor, "B M"] | None = None,
 ) -> Float[Tensor, "B H N K"]:
-    """softmax(q k^T / sqrt(K)) v, by whichever way is fastest on this device. Source: Vaswani et al. 2017, eq. 1."""
+    """softmax(q k^T / sqrt(K)) v, by whichever way is fastest on this device; keys where mask_BM is False count for
+    nothing. Source: Vaswani et al. 2017, eq. 1."""
     batch, heads, tokens, width = q_BHNK.shape
-    if q_BHNK.device.type != "cpu" or k_BHMK.shape[2] > _PLAIN_ATTENTION_TOKENS:
-        return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK)
+    if q_BHNK.device.type != "cpu" or k_BHMK.shape[2] > _PLAIN_ATTENTION_TOKENS or mask_BM is not None:
+        mask = None if mask_BM is None else mask_BM[:, None, None, :]
+        return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask)
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q_BHNK, k_BHMK, v_BHMK))
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=width**-0.5)
     return torch.bmm(torch.softmax(scores, dim=-1), v).view(batch, heads, tokens, width)
-
-
-def rotate_pairs(x: Float[Tensor, "*batch N K"], cos_sin: Float[Tensor, "2 N K"]) -> Float[Tensor, "*batch N K"]:
-    """Rotary positions on adjacent pairs: (x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos).
-
-    cos_sin holds each angle twice, once per member of its pair. Source: Su et al. 2021 (RoFormer), eq. 34.
-    """
-    pairs = x.unflatten(-1, (-1, 2))
-    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return torch.addcmul(x * cos_sin[0], turned, cos_sin[1])
 
 
 def shallow_copy(module: ModuleT) -> ModuleT:
@@ -61,36 +58,95 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with fused q, k, v; optionally QK-norm and rotary positions."""
+    """Multi-head self-attention with fused q, k, v; optionally QK-norm (per head) and rotary positions."""
 
     identity_map = False  # True in a view: each token attends to itself alone, so that its value passes straight
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool = False) -> None:
+    def __init__(
+        self, width: int, num_heads: int, qk_norm: bool = False, bias: bool = True, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.q_norm = RMSNorm(width // num_heads) if qk_norm else None
-        self.k_norm = RMSNorm(width // num_heads) if qk_norm else None
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        self.q_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
 
-    def forward(
-        self, x_BND: Float[Tensor, "B N D"], rope_2NK: Float[Tensor, "2 N K"] | None = None
-    ) -> Float[Tensor, "B N D"]:
-        """Tokens attend to all tokens of their own row."""
-        batch, tokens, width = x_BND.shape
-        if self.identity_map:
-            return self.out(self.qkv(x_BND)[..., 2 * width :])  # type: ignore[no-any-return]
+    def project(
+        self, x_BND: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B H N K"], Float[Tensor, "B H N K"], Float[Tensor, "B H N K"]]:
+        """q, k (both normed where QK-norm is on) and v of the tokens, before rotary positions."""
+        batch, tokens, _ = x_BND.shape
         qkv_BNTHK = self.qkv(x_BND).view(batch, tokens, 3, self.num_heads, -1)
         q_BHNK, k_BHNK, v_BHNK = qkv_BNTHK.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
+        return q_BHNK, k_BHNK, v_BHNK
+
+    def forward(
+        self,
+        x_BND: Float[Tensor, "B N D"],
+        rope_2NK: Float[Tensor, "2 *rows N K"] | None = None,
+        mask_BN: Bool[Tensor, "B N"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        """Tokens attend to all tokens of their own row; where mask_BN is False a token is seen by none."""
+        if self.identity_map:
+            return self.out(self.qkv(x_BND)[..., 2 * x_BND.shape[-1] :])  # type: ignore[no-any-return]
+        q_BHNK, k_BHNK, v_BHNK = self.project(x_BND)
         if rope_2NK is not None:
             q_BHNK, k_BHNK = rotate_pairs(q_BHNK, rope_2NK), rotate_pairs(k_BHNK, rope_2NK)
-        y_BND = attention(q_BHNK, k_BHNK, v_BHNK).transpose(1, 2).reshape(batch, tokens, width)
-        return self.out(y_BND)  # type: ignore[no-any-return]
+        return self.out(merge_heads(attention(q_BHNK, k_BHNK, v_BHNK, mask_BN)))  # type: ignore[no-any-return]
 
     def as_identity_map(self) -> "SelfAttention":
         """A view on the same weights with the identity as attention matrix. Source: Ahn et al. 2024 (PAG)."""
         view = shallow_copy(self)
         view.identity_map = True
         return view
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to a context, with fused k, v; optionally QK-norm (per head)."""
+
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        bias: bool = True,
+        out_bias: bool = True,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width, bias=bias)
+        self.kv = nn.Linear(context_width, 2 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=out_bias)
+        self.q_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
+
+    def forward(
+        self,
+        x_BND: Float[Tensor, "B N D"],
+        context_BMI: Float[Tensor, "B M I"],
+        mask_BM: Bool[Tensor, "B M"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        """Each token attends to the context of its own row; context where mask_BM is False is not seen."""
+        batch, tokens, _ = x_BND.shape
+        q_BHNK = self.q(x_BND).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        kv_BMTHK = self.kv(context_BMI).view(batch, context_BMI.shape[1], 2, self.num_heads, -1)
+        k_BHMK, v_BHMK = kv_BMTHK.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHNK, k_BHMK = self.q_norm(q_BHNK), self.k_norm(k_BHMK)
+        return self.out(merge_heads(attention(q_BHNK, k_BHMK, v_BHMK, mask_BM)))  # type: ignore[no-any-return]
+
+
+def merge_heads(x_BHNK: Float[Tensor, "B H N K"]) -> Float[Tensor, "B N D"]:
+    """[B, H, N, K] to [B, N, H K]."""
+    batch, _, tokens, _ = x_BHNK.shape
+    return x_BHNK.transpose(1, 2).reshape(batch, tokens, -1)
+
+
+def attention_flops(width: int, tokens: int, keys: int) -> int:
+    """Operations of softmax(q k^T) v over all heads together (a multiply-add counts two)."""
+    return 4 * tokens * keys * width

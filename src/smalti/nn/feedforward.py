@@ -6,30 +6,41 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Activation = Literal["gelu_tanh", "gelu", "swiglu"]
+Activation = Literal["gelu_tanh", "gelu", "silu", "swiglu", "geglu"]
+_GATED = ("swiglu", "geglu")
+
+
+def gated_width(hidden_width: int) -> int:
+    """The hidden width at which a gated layer has about the parameters of a plain one of hidden_width: 2/3, by 8s."""
+    return max(8, 2 * hidden_width // 3 // 8 * 8)
+
+
+def feedforward_flops(width: int, hidden_width: int, activation: Activation) -> int:
+    """Operations of FeedForward for one token (a multiply-add counts two), matrix products only."""
+    return 2 * width * hidden_width * (3 if activation in _GATED else 2)
 
 
 class FeedForward(nn.Module):
     """Linear, activation, Linear.
 
-    "gelu_tanh" is DiT's; "gelu" (by erf) is faster in eager mode on a CPU; "swiglu" gates one half by the other
-    (Shazeer 2020, eq. 6) and takes 2/3 of the hidden width, so that the parameters stay as many.
+    "gelu_tanh" is DiT's; "gelu" (by erf) is faster in eager mode on a CPU; "swiglu" and "geglu" gate: fc1 gives
+    [gate | value], each of hidden_width, and silu(gate) or gelu(gate) (by erf) multiplies value (Shazeer 2020, eq. 6).
     """
 
-    def __init__(self, width: int, hidden_width: int, activation: Activation = "gelu_tanh") -> None:
+    def __init__(self, width: int, hidden_width: int, activation: Activation = "gelu_tanh", bias: bool = True) -> None:
         super().__init__()
         self.activation = activation
-        if activation == "swiglu":
-            hidden_width = max(8, 2 * hidden_width // 3 // 8 * 8)
-        self.fc1 = nn.Linear(width, hidden_width * (2 if activation == "swiglu" else 1))
-        self.fc2 = nn.Linear(hidden_width, width)
+        self.fc1 = nn.Linear(width, hidden_width * (2 if activation in _GATED else 1), bias=bias)
+        self.fc2 = nn.Linear(hidden_width, width, bias=bias)
 
     def forward(self, x_BND: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Each token on its own."""
         h = self.fc1(x_BND)
-        if self.activation == "swiglu":
+        if self.activation in _GATED:
             gate, value = h.chunk(2, dim=-1)
-            h = F.silu(gate) * value
+            h = (F.silu(gate) if self.activation == "swiglu" else F.gelu(gate)) * value
+        elif self.activation == "silu":
+            h = F.silu(h)
         else:
             h = F.gelu(h, approximate="tanh" if self.activation == "gelu_tanh" else "none")
         return self.fc2(h)  # type: ignore[no-any-return]
