@@ -131,10 +131,8 @@ def _original_config(tensors: Mapping[str, Tensor]) -> DiTConfig | None:
     width, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     side = int(tensors["pos_embed"].shape[1] ** 0.5)
     published = {c.width: c.num_heads for c in dit_presets().values() if c.num_classes == 1000}
-    table = sincos_grid(width, side, side)
-    fixed = tensors["pos_embed"].device.type == "meta" or torch.equal(
-        tensors["pos_embed"][0], table.to(tensors["pos_embed"].dtype)
-    )
+    # Only the very table is computed anew: one that was trained, or rounded to half precision, is kept as it is.
+    fixed = torch.equal(tensors["pos_embed"][0], sincos_grid(width, side, side))
     return DiTConfig(
         image_size=(side * patch_size, side * patch_size),
         in_channels=channels,
