@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from smalti.cli_arguments import COMMANDS, DESCRIPTION, Completion, Eval, Explain, Info, Sample, Train, Tune
+from smalti.cli_arguments import (
+    COMMANDS,
+    DESCRIPTION,
+    Adapt,
+    Completion,
+    Convert,
+    Eval,
+    Explain,
+    Export,
+    Info,
+    Sample,
+    Train,
+    Tune,
+)
+from smalti.cli_weights import adapt_command, convert_command, export_command
 from smalti.types import UserError
 
 if TYPE_CHECKING:
@@ -291,6 +305,9 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Eval: _eval,
     Explain: _explain,
     Tune: _tune,
+    Convert: convert_command,
+    Export: export_command,
+    Adapt: adapt_command,
     Info: _info,
     Completion: _completion,
 }

@@ -183,6 +183,90 @@ class Tune:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Rewrite a network's weights for smalti, diffusers or an original repository.
+
+    Examples: smalti convert DiT-XL-2-256x256.pt dit-xl --to smalti
+              smalti convert dit-xl dit.safetensors --to original
+
+    Reads a smalti run or network, a diffusers folder (or a pipeline's), a .safetensors or .pt file of an original
+    repository (of which only tensors are read, nothing is executed) or hf://owner/name. Reading is strict: missing,
+    surplus and wrongly shaped tensors are listed. There and back gives the same bytes.
+    """
+
+    source: Annotated[Positional[str], arg(metavar="IN")]
+    """A run, a folder, a file or hf://owner/name."""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """A folder, or for --to original a .safetensors file."""
+    to: Literal["smalti", "diffusers", "original"]
+    """For whom to write."""
+    format: str | None = None
+    """Which original format, where an architecture has several."""
+    prefix: str | None = None
+    """What to put before each original name, such as model.diffusion_model. (default: what IN had)."""
+    set: tuple[str, ...] = ()
+    """Fields of the network's config to read otherwise, the weights staying as they are: num_heads=8 where a file does
+    not say it; frequency_shift=1 mlp_norm_eps=1e-5 to write an original DiT for diffusers, which computes so."""
+    checkpoint: str | None = None
+    """Of a run: a folder's name under checkpoints/ (default: the newest)."""
+    overwrite: bool = False
+    """Replace OUT."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run as a folder that diffusers' own classes load: network, scheduler and, for DDIM, a pipeline.
+
+    Example: smalti export runs/mnist-ddpm out
+
+    A DiT must be one that diffusers can express: train with --set positions=sincos qk_norm=false activation=gelu_tanh
+    frequency_shift=1 mlp_norm_eps=1e-5.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run directory."""
+    out: Annotated[Positional[Path], arg(metavar="DIR")]
+    """The folder to write."""
+    to: Literal["diffusers"] = "diffusers"
+    """For whom to write."""
+    checkpoint: str | None = None
+    """A folder's name under checkpoints/ (default: the newest)."""
+    overwrite: bool = False
+    """Replace DIR."""
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Change a DiT's number of classes, resolution, patch size or depth, keeping what can be kept.
+
+    Example: smalti adapt runs/mnist wider --num-classes 20 --depth 6
+
+    Classes that both have are kept; learned positions are interpolated; patch kernels are resized; a deeper network
+    computes at first what the old one did. Prints what became of each tensor; writes a network for `smalti train
+    --set initial_weights=OUT`.
+    """
+
+    source: Annotated[Positional[str], arg(metavar="IN")]
+    """A run, a folder, a file or hf://owner/name."""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """The folder to write."""
+    num_classes: int | None = None
+    """The new number of classes."""
+    image_size: tuple[int, int] | None = None
+    """The new height and width, in pixels or latents."""
+    patch_size: int | None = None
+    """The new patch size."""
+    depth: int | None = None
+    """The new number of blocks."""
+    seed: int = 0
+    """Seed of what starts fresh."""
+    checkpoint: str | None = None
+    """Of a run: a folder's name under checkpoints/ (default: the newest)."""
+    overwrite: bool = False
+    """Replace OUT."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Describe a run or a recipe: parameters by part, FLOPs, config, how it was trained.
 
@@ -204,7 +288,7 @@ class Completion:
     """bash, zsh or tcsh."""
 
 
-Command = Train | Sample | Eval | Explain | Tune | Info | Completion
+Command = Train | Sample | Eval | Explain | Tune | Convert | Export | Adapt | Info | Completion
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
@@ -212,6 +296,9 @@ COMMANDS: dict[str, type[Any]] = {
     "eval": Eval,
     "explain": Explain,
     "tune": Tune,
+    "convert": Convert,
+    "export": Export,
+    "adapt": Adapt,
     "info": Info,
     "completion": Completion,
 }

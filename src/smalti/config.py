@@ -96,6 +96,7 @@ class RunConfig:
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
     model: LabelledModelConfig = field(default_factory=DiTConfig)
+    initial_weights: str | None = None  # what smalti.load_backbone reads: a network of this very config to start from
     process: str = "rectified_flow"
     objective: Objective = field(default_factory=Objective)
     timesteps: TimestepDensity = field(default_factory=LogitNormalTimesteps)
@@ -247,6 +248,11 @@ def _parse(annotation: Any, text: str, path: str) -> Any:
         raise
     except (ValueError, KeyError):
         raise UserError(f"{path}={text!r} must be {wanted}") from None
+
+
+def parse_field(cls: Any, name: str, text: str) -> Any:
+    """A command line's text as the type of a dataclass's field. Raises UserError for what does not parse."""
+    return _parse(get_type_hints(cls)[name], text, name)
 
 
 def _resolve(config: RunConfig, name: str) -> str:

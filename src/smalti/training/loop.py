@@ -128,9 +128,9 @@ def train(
     with the same bytes of weights, averages and metrics. With a budget in minutes the schedule follows the clock.
     Raises UserError for the caller's mistakes, TrainingDiverged for a loss that is not finite, OSError for a full disk.
     """
+    state = new_state(config, torch.device(device))  # before the folder: initial weights may not be to be had
     folder = prepare_folder(config, out, resume=resume, overwrite=overwrite)
     training_rows, held_out_rows = (_to_device(rows, device) for rows in load_digits())
-    state = new_state(config, torch.device(device))
     display = display or terminal_display()
     truncate_log(folder.metrics, _restore_newest(state, folder, display) if resume else 0)
     _write_record(folder, config, state, "running")
