@@ -59,8 +59,7 @@ class RMSNorm(nn.Module):
 
 def split_heads(qkv_BNE: Float[Tensor, "B N E"], num_heads: int) -> Float[Tensor, "3 B H N K"]:
     """The heads of [q | k | v], E = 3 H K, as views."""
-    batch, tokens, _ = qkv_BNE.shape
-    return qkv_BNE.view(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    return qkv_BNE.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class HeadProjection(nn.Module):
