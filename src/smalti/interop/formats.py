@@ -46,8 +46,10 @@ class Format:
 def formats() -> tuple[Format, ...]:
     """Every architecture that has a foreign format."""
     from smalti.interop.dit import DIT
+    from smalti.interop.flux import FLUX
+    from smalti.interop.mmdit import MMDIT
 
-    return (DIT,)
+    return (DIT, MMDIT, FLUX)
 
 
 def format_of_class(class_name: str) -> Format:

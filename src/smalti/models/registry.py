@@ -7,11 +7,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from smalti.models import dit
+from smalti.models import dit, flux, mmdit
 from smalti.models.dit import DiT, DiTConfig
+from smalti.models.flux import Flux, FluxConfig
+from smalti.models.mmdit import MMDiT, MMDiTConfig
 from smalti.types import unknown_name
 
-ModelConfig = DiTConfig  # the union of all config_types below
+ModelConfig = DiTConfig | MMDiTConfig | FluxConfig  # the union of all config_types below
 LabelledModelConfig = DiTConfig  # of those that the recipes train: image_size, in_channels and num_classes say on what
 
 
@@ -29,7 +31,11 @@ class Architecture:
     forward_flops: Callable[..., int]
 
 
-_ARCHITECTURES = (Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),)
+_ARCHITECTURES = (
+    Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),
+    Architecture(MMDiTConfig, MMDiT, mmdit.mmdit_presets, mmdit.forward_flops),
+    Architecture(FluxConfig, Flux, flux.flux_presets, flux.forward_flops),
+)
 
 
 def _architecture_of(config: ModelConfig) -> Architecture:

@@ -57,10 +57,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with fused q, k, v; optionally QK-norm (per head) and rotary positions."""
+def split_heads(qkv_BNE: Float[Tensor, "B N E"], num_heads: int) -> Float[Tensor, "3 B H N K"]:
+    """The heads of [q | k | v], E = 3 H K, as views."""
+    return qkv_BNE.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
 
-    identity_map = False  # True in a view: each token attends to itself alone, so that its value passes straight
+
+class HeadProjection(nn.Module):
+    """Tokens to the queries, keys and values of each head in one product; optionally with QK-norm (per head)."""
 
     def __init__(
         self, width: int, num_heads: int, qk_norm: bool = False, bias: bool = True, norm_eps: float = 1e-6
@@ -68,20 +71,33 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
         self.q_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
 
     def project(
-        self, x_BND: Float[Tensor, "B N D"]
+        self, x_BND: Float[Tensor, "B N D"], contiguous: bool = False
     ) -> tuple[Float[Tensor, "B H N K"], Float[Tensor, "B H N K"], Float[Tensor, "B H N K"]]:
-        """q, k (both normed where QK-norm is on) and v of the tokens, before rotary positions."""
-        batch, tokens, _ = x_BND.shape
-        qkv_BNTHK = self.qkv(x_BND).view(batch, tokens, 3, self.num_heads, -1)
-        q_BHNK, k_BHNK, v_BHNK = qkv_BNTHK.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        """q, k (both normed where QK-norm is on) and v of the tokens, before rotary positions.
+
+        contiguous: lay each out head by head, as a plain product wants it; else they may be views.
+        """
+        heads = split_heads(self.qkv(x_BND), self.num_heads)
+        q_BHNK, k_BHNK, v_BHNK = (heads.contiguous() if contiguous else heads).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
         return q_BHNK, k_BHNK, v_BHNK
+
+
+class SelfAttention(HeadProjection):
+    """Multi-head self-attention with fused q, k, v; optionally QK-norm (per head) and rotary positions."""
+
+    identity_map = False  # True in a view: each token attends to itself alone, so that its value passes straight
+
+    def __init__(
+        self, width: int, num_heads: int, qk_norm: bool = False, bias: bool = True, norm_eps: float = 1e-6
+    ) -> None:
+        super().__init__(width, num_heads, qk_norm, bias, norm_eps)
+        self.out = nn.Linear(width, width, bias=bias)
 
     def forward(
         self,
@@ -92,7 +108,7 @@ class SelfAttention(nn.Module):
         """Tokens attend to all tokens of their own row; where mask_BN is False a token is seen by none."""
         if self.identity_map:
             return self.out(self.qkv(x_BND)[..., 2 * x_BND.shape[-1] :])  # type: ignore[no-any-return]
-        q_BHNK, k_BHNK, v_BHNK = self.project(x_BND)
+        q_BHNK, k_BHNK, v_BHNK = self.project(x_BND, contiguous=True)
         if rope_2NK is not None:
             q_BHNK, k_BHNK = rotate_pairs(q_BHNK, rope_2NK), rotate_pairs(k_BHNK, rope_2NK)
         return self.out(merge_heads(attention(q_BHNK, k_BHNK, v_BHNK, mask_BN)))  # type: ignore[no-any-return]

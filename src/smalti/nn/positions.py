@@ -63,20 +63,33 @@ def rope_angles(
     return torch.stack([angles_NK.cos(), angles_NK.sin()]).float()
 
 
+def rope_grid(
+    sizes: Sequence[int], axis_widths: Sequence[int], theta: float, device: torch.device | str = "cpu"
+) -> Float[Tensor, "2 N K"]:
+    """rope_angles of grid_positions(*sizes), with the sines and cosines taken once an axis and not once a token."""
+    rows = []
+    for axis, (size, width) in enumerate(zip(sizes, axis_widths, strict=True)):
+        angles = rope_angles(grid_positions(size, device=device), (width,), theta)
+        broadcast = [size if other == axis else 1 for other in range(len(sizes))]
+        rows.append(angles.view(2, *broadcast, width).expand(2, *sizes, width))
+    return torch.cat(rows, dim=-1).flatten(1, -2)
+
+
 def rope_angles_2d(head_width: int, rows: int, columns: int, theta: float = 100.0) -> Float[Tensor, "2 N K"]:
     """Rotary angles of a grid: the first half of the pairs turned by row, the rest by column.
 
     head_width must divide by 4. theta is small since picture grids have tens of positions, not thousands (Heo et al.
     2024, "Rotary position embedding for ViT", eq. 5).
     """
-    return rope_angles(grid_positions(rows, columns), (head_width // 2, head_width // 2), theta)
+    return rope_grid((rows, columns), (head_width // 2, head_width // 2), theta)
 
 
 def rotate_pairs(x: Float[Tensor, "*batch N K"], cos_sin: Float[Tensor, "2 *rows N K"]) -> Float[Tensor, "*batch N K"]:
     """Rotary positions on adjacent pairs: (x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos).
 
-    cos_sin holds each angle twice, once per member of its pair. Source: Su et al. 2021 (RoFormer), eq. 34.
+    cos_sin holds each angle twice, once per member of its pair; the product is taken in the wider of the two dtypes.
+    Source: Su et al. 2021 (RoFormer), eq. 34.
     """
     pairs = x.unflatten(-1, (-1, 2))
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return torch.addcmul(x * cos_sin[0], turned, cos_sin[1])
+    return torch.addcmul(x * cos_sin[0], turned, cos_sin[1]).to(x.dtype)
