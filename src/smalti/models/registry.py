@@ -7,11 +7,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from smalti.models import dit
+from smalti.models import dit, pixart, sana
 from smalti.models.dit import DiT, DiTConfig
+from smalti.models.pixart import PixArt, PixArtConfig
+from smalti.models.sana import Sana, SanaConfig
 from smalti.types import unknown_name
 
-ModelConfig = DiTConfig  # the union of all config_types below
+ModelConfig = DiTConfig | PixArtConfig | SanaConfig  # the union of all config_types below
 LabelledModelConfig = DiTConfig  # of those that the recipes train: image_size, in_channels and num_classes say on what
 
 
@@ -29,7 +31,11 @@ class Architecture:
     forward_flops: Callable[..., int]
 
 
-_ARCHITECTURES = (Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),)
+_ARCHITECTURES = (
+    Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),
+    Architecture(PixArtConfig, PixArt, pixart.pixart_presets, pixart.forward_flops),
+    Architecture(SanaConfig, Sana, sana.sana_presets, sana.forward_flops),
+)
 
 
 def _architecture_of(config: ModelConfig) -> Architecture:
