@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smalti.interop.load import Weights
 from smalti.models.dit import DiTConfig
-from smalti.models.registry import build_model
+from smalti.models.registry import ModelConfig, build_model
 from smalti.types import UserError
 
 _CHANGEABLE = ("num_classes", "image_size", "patch_size", "depth")
@@ -127,7 +127,7 @@ def adapt(weights: Weights, seed: int = 0, **changes: int | tuple[int, int]) -> 
     return Weights(new, tensors, weights.source), report
 
 
-def changed_fields(old: DiTConfig, new: DiTConfig) -> list[str]:
+def changed_fields(old: ModelConfig, new: ModelConfig) -> list[str]:
     """What adapt changed, in words."""
     return [
         f"{f.name}: {getattr(old, f.name)} -> {getattr(new, f.name)}"

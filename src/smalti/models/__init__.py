@@ -4,6 +4,7 @@ from smalti.models.dit import DiT, DiTConfig
 from smalti.models.features import feature_names, forward_with_features
 from smalti.models.flux import Flux, FluxConfig
 from smalti.models.mmdit import MMDiT, MMDiTConfig
+from smalti.models.pixart import PixArt, PixArtConfig
 from smalti.models.registry import (
     ModelConfig,
     build_model,
@@ -13,9 +14,10 @@ from smalti.models.registry import (
     preset,
     preset_names,
 )
+from smalti.models.sana import Sana, SanaConfig
 
 __all__ = [
-    "DiT", "DiTConfig", "Flux", "FluxConfig", "MMDiT", "MMDiTConfig", "ModelConfig", "build_model",
-    "count_parameters", "feature_names", "forward_flops", "forward_with_features", "network_of", "preset",
-    "preset_names",
+    "DiT", "DiTConfig", "Flux", "FluxConfig", "MMDiT", "MMDiTConfig", "ModelConfig", "PixArt", "PixArtConfig", "Sana",
+    "SanaConfig", "build_model", "count_parameters", "feature_names", "forward_flops", "forward_with_features",
+    "network_of", "preset", "preset_names",
 ]  # fmt: skip

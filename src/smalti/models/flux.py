@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from smalti.nn.attention import RMSNorm, attention, attention_flops, merge_heads, split_heads
+from smalti.nn.attention import RMSNorm, attention, attention_flops, merge_heads, split_qkv
 from smalti.nn.double_stream import DoubleStreamBlock, double_stream_flops, joint_mask, modulation_rows
 from smalti.nn.embeddings import TimestepEmbedder, VectorEmbedder, patchify, unpatchify
 from smalti.nn.modulation import modulate
@@ -110,7 +110,7 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = modulation_rows(self.modulation, condition_BD)
         h_BSE = self.qkv_mlp(modulate(x_BSD, shift, scale, _NORM_EPS))
         qkv, mlp = h_BSE.split([3 * width, _MLP_RATIO * width], dim=-1)
-        q_BHSK, k_BHSK, v_BHSK = split_heads(qkv, self.num_heads).unbind(0)
+        q_BHSK, k_BHSK, v_BHSK = split_qkv(qkv, self.num_heads).unbind(0)
         q_BHSK, k_BHSK = (rotate_pairs(h, rope_2SK) for h in (self.q_norm(q_BHSK), self.k_norm(k_BHSK)))
         attended_BSD = merge_heads(attention(q_BHSK, k_BHSK, v_BHSK, mask_BS))
         h_BSE = torch.cat([attended_BSD, F.gelu(mlp, approximate="tanh")], dim=-1)

@@ -7,14 +7,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from smalti.models import dit, flux, mmdit
+from smalti.models import dit, flux, mmdit, pixart, sana
 from smalti.models.dit import DiT, DiTConfig
 from smalti.models.flux import Flux, FluxConfig
 from smalti.models.mmdit import MMDiT, MMDiTConfig
+from smalti.models.pixart import PixArt, PixArtConfig
+from smalti.models.sana import Sana, SanaConfig
 from smalti.types import unknown_name
 
-ModelConfig = DiTConfig | MMDiTConfig | FluxConfig  # the union of all config_types below
-LabelledModelConfig = DiTConfig  # of those that the recipes train: image_size, in_channels and num_classes say on what
+# The union of all config_types below, and of those that the recipes train: image_size, in_channels and num_classes
+# say on what.
+ModelConfig = DiTConfig | MMDiTConfig | FluxConfig | PixArtConfig | SanaConfig
+LabelledModelConfig = DiTConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ _ARCHITECTURES = (
     Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),
     Architecture(MMDiTConfig, MMDiT, mmdit.mmdit_presets, mmdit.forward_flops),
     Architecture(FluxConfig, Flux, flux.flux_presets, flux.forward_flops),
+    Architecture(PixArtConfig, PixArt, pixart.pixart_presets, pixart.forward_flops),
+    Architecture(SanaConfig, Sana, sana.sana_presets, sana.forward_flops),
 )
 
 

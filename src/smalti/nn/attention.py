@@ -57,9 +57,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def split_heads(qkv_BNE: Float[Tensor, "B N E"], num_heads: int) -> Float[Tensor, "3 B H N K"]:
+def split_qkv(qkv_BNE: Float[Tensor, "B N E"], num_heads: int) -> Float[Tensor, "3 B H N K"]:
     """The heads of [q | k | v], E = 3 H K, as views."""
-    return qkv_BNE.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    batch, tokens, _ = qkv_BNE.shape
+    return qkv_BNE.view(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
 
 
 class HeadProjection(nn.Module):
@@ -81,7 +82,7 @@ class HeadProjection(nn.Module):
 
         contiguous: lay each out head by head, as a plain product wants it; else they may be views.
         """
-        heads = split_heads(self.qkv(x_BND), self.num_heads)
+        heads = split_qkv(self.qkv(x_BND), self.num_heads)
         q_BHNK, k_BHNK, v_BHNK = (heads.contiguous() if contiguous else heads).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
@@ -121,7 +122,7 @@ class SelfAttention(HeadProjection):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to a context, with fused k, v; optionally QK-norm (per head)."""
+    """Multi-head attention of tokens to a context, with fused k, v; optionally QK-norm (per head, or over all)."""
 
     def __init__(
         self,
@@ -132,14 +133,16 @@ class CrossAttention(nn.Module):
         bias: bool = True,
         out_bias: bool = True,
         norm_eps: float = 1e-6,
+        norm_across_heads: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.norm_across_heads = num_heads, norm_across_heads
         self.q = nn.Linear(width, width, bias=bias)
         self.kv = nn.Linear(context_width, 2 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=out_bias)
-        self.q_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
+        norm_width = width if norm_across_heads else width // num_heads
+        self.q_norm = RMSNorm(norm_width, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(norm_width, norm_eps) if qk_norm else None
 
     def forward(
         self,
@@ -148,13 +151,19 @@ class CrossAttention(nn.Module):
         mask_BM: Bool[Tensor, "B M"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         """Each token attends to the context of its own row; context where mask_BM is False is not seen."""
-        batch, tokens, _ = x_BND.shape
-        q_BHNK = self.q(x_BND).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
-        kv_BMTHK = self.kv(context_BMI).view(batch, context_BMI.shape[1], 2, self.num_heads, -1)
-        k_BHMK, v_BHMK = kv_BMTHK.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.q_norm is not None and self.k_norm is not None:
+        q_BND = self.q(x_BND)
+        k_BMD, v_BMD = self.kv(context_BMI).chunk(2, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None and self.norm_across_heads:
+            q_BND, k_BMD = self.q_norm(q_BND), self.k_norm(k_BMD)
+        q_BHNK, k_BHMK, v_BHMK = (split_heads(z, self.num_heads) for z in (q_BND, k_BMD, v_BMD))
+        if self.q_norm is not None and self.k_norm is not None and not self.norm_across_heads:
             q_BHNK, k_BHMK = self.q_norm(q_BHNK), self.k_norm(k_BHMK)
         return self.out(merge_heads(attention(q_BHNK, k_BHMK, v_BHMK, mask_BM)))  # type: ignore[no-any-return]
+
+
+def split_heads(x_BND: Float[Tensor, "B N D"], num_heads: int) -> Float[Tensor, "B H N K"]:
+    """[B, N, H K] to [B, H, N, K], without a copy."""
+    return x_BND.view(*x_BND.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def merge_heads(x_BHNK: Float[Tensor, "B H N K"]) -> Float[Tensor, "B N D"]:

@@ -47,6 +47,27 @@ def sincos_grid(width: int, rows: int, columns: int) -> Float[Tensor, "N D"]:
     return sincos_positions_2d(width, grid_positions(rows)[:, 0], grid_positions(columns)[:, 0])
 
 
+def rescaled_sincos_grid(
+    width: int,
+    rows: int,
+    columns: int,
+    native_grid: tuple[int, int],
+    interpolation_scale: float,
+    device: torch.device | str = "cpu",
+) -> Float[Tensor, "N D"]:
+    """sincos_positions_2d of a grid of any size, stretched over the range that a network was trained on.
+
+    Row i counts as i * native_rows / rows / interpolation_scale, columns likewise; these are float32, as in the
+    published code: at sizes that do not divide evenly the last bit shows. Source: PixArt-alpha (Chen et al. 2023),
+    PixArtMS.py.
+    """
+    y_positions, x_positions = (
+        torch.arange(size, dtype=torch.float32, device=device) / (size / native) / interpolation_scale
+        for size, native in zip((rows, columns), native_grid, strict=True)
+    )
+    return sincos_positions_2d(width, y_positions, x_positions)
+
+
 def rope_angles(
     positions_NA: Shaped[Tensor, "*rows N A"], axis_widths: Sequence[int], theta: float
 ) -> Float[Tensor, "2 *rows N K"]:
