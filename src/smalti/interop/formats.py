@@ -46,8 +46,14 @@ class Format:
 def formats() -> tuple[Format, ...]:
     """Every architecture that has a foreign format."""
     from smalti.interop.dit import DIT
+    from smalti.interop.ltx import LTX
+    from smalti.interop.video_dit import VIDEO_DIT
 
-    return (DIT,)
+    return (
+        DIT,
+        VIDEO_DIT,
+        LTX,
+    )
 
 
 def format_of_class(class_name: str) -> Format:

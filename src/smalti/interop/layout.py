@@ -105,9 +105,13 @@ def joined_with_bias(ours: str, theirs: Sequence[str], sizes: Sequence[int] | No
 
 @dataclass(frozen=True)
 class Layout:
-    """The rules of one network in one foreign format. Raises AssertionError if a tensor is named twice."""
+    """The rules of one network in one foreign format. Raises AssertionError if a tensor is named twice.
+
+    ignored: tensors that some of their files hold and that say nothing to us, such as tables they could compute.
+    """
 
     rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for names in ([n for r in self.rules for n in r.ours], [n for r in self.rules for n in r.theirs]):

@@ -43,8 +43,9 @@ def _our_shapes(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _translated(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, source: str) -> dict[str, Tensor]:
-    check_tensors(tensors, layout.to_theirs(_our_shapes(config)), source)
-    return layout.to_ours(tensors)
+    told = {name: tensor for name, tensor in tensors.items() if name not in layout.ignored}
+    check_tensors(told, layout.to_theirs(_our_shapes(config)), source)
+    return layout.to_ours(told)
 
 
 def _read_run(folder: Path, checkpoint: str | None, ema: bool) -> Weights:

@@ -2,6 +2,7 @@
 
 from smalti.models.dit import DiT, DiTConfig
 from smalti.models.features import feature_names, forward_with_features
+from smalti.models.ltx import LTX, LTXConfig
 from smalti.models.registry import (
     ModelConfig,
     build_model,
@@ -11,8 +12,11 @@ from smalti.models.registry import (
     preset,
     preset_names,
 )
+from smalti.models.video_dit import VideoDiT, VideoDiTConfig
 
 __all__ = [
     "DiT", "DiTConfig", "ModelConfig", "build_model", "count_parameters", "feature_names", "forward_flops",
     "forward_with_features", "network_of", "preset", "preset_names",
+    "VideoDiT", "VideoDiTConfig",
+    "LTX", "LTXConfig",
 ]  # fmt: skip

@@ -7,11 +7,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from smalti.models import dit
+from smalti.models import dit, ltx, video_dit
 from smalti.models.dit import DiT, DiTConfig
+from smalti.models.ltx import LTX, LTXConfig
+from smalti.models.video_dit import VideoDiT, VideoDiTConfig
 from smalti.types import unknown_name
 
-ModelConfig = DiTConfig  # the union of all config_types below
+ModelConfig = DiTConfig | VideoDiTConfig | LTXConfig  # the union of all config_types below
 LabelledModelConfig = DiTConfig  # of those that the recipes train: image_size, in_channels and num_classes say on what
 
 
@@ -29,7 +31,11 @@ class Architecture:
     forward_flops: Callable[..., int]
 
 
-_ARCHITECTURES = (Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),)
+_ARCHITECTURES = (
+    Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),
+    Architecture(VideoDiTConfig, VideoDiT, video_dit.video_dit_presets, video_dit.forward_flops),
+    Architecture(LTXConfig, LTX, ltx.ltx_presets, ltx.forward_flops),
+)
 
 
 def _architecture_of(config: ModelConfig) -> Architecture:

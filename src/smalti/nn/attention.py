@@ -4,6 +4,7 @@ Shapes: B batch, N query tokens, M key tokens, H heads, K head width, D = H K.
 """
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -58,24 +59,40 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with fused q, k, v; optionally QK-norm (per head) and rotary positions."""
+    """Multi-head self-attention with fused q, k, v; optionally QK-norm and rotary positions.
+
+    norm_type(width, norm_eps): the QK-norm, such as RMSNorm or nn.LayerNorm, of each head on its own or, with
+    norm_across_heads, of all heads' features together (LTX-Video, Wan).
+    """
 
     identity_map = False  # True in a view: each token attends to itself alone, so that its value passes straight
 
     def __init__(
-        self, width: int, num_heads: int, qk_norm: bool = False, bias: bool = True, norm_eps: float = 1e-6
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        bias: bool = True,
+        norm_eps: float = 1e-6,
+        norm_type: Callable[[int, float], nn.Module] = RMSNorm,
+        norm_across_heads: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.norm_across_heads = num_heads, norm_across_heads
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
-        self.q_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
+        norm_width = width if norm_across_heads else width // num_heads
+        self.q_norm = norm_type(norm_width, norm_eps) if qk_norm else None
+        self.k_norm = norm_type(norm_width, norm_eps) if qk_norm else None
 
     def project(
         self, x_BND: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B H N K"], Float[Tensor, "B H N K"], Float[Tensor, "B H N K"]]:
         """q, k (both normed where QK-norm is on) and v of the tokens, before rotary positions."""
+        if self.norm_across_heads and self.q_norm is not None and self.k_norm is not None:
+            q_BND, k_BND, v_BND = self.qkv(x_BND).chunk(3, dim=-1)
+            q_BND, k_BND = self.q_norm(q_BND), self.k_norm(k_BND)
+            return tuple(split_heads(part, self.num_heads) for part in (q_BND, k_BND, v_BND))  # type: ignore[return-value]
         batch, tokens, _ = x_BND.shape
         qkv_BNTHK = self.qkv(x_BND).view(batch, tokens, 3, self.num_heads, -1)
         q_BHNK, k_BHNK, v_BHNK = qkv_BNTHK.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
@@ -105,7 +122,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to a context, with fused k, v; optionally QK-norm (per head)."""
+    """Multi-head attention of tokens to a context, with fused k, v; optionally QK-norm, per head or across heads."""
 
     def __init__(
         self,
@@ -116,14 +133,16 @@ class CrossAttention(nn.Module):
         bias: bool = True,
         out_bias: bool = True,
         norm_eps: float = 1e-6,
+        norm_across_heads: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.norm_across_heads = num_heads, norm_across_heads
         self.q = nn.Linear(width, width, bias=bias)
         self.kv = nn.Linear(context_width, 2 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=out_bias)
-        self.q_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
+        norm_width = width if norm_across_heads else width // num_heads
+        self.q_norm = RMSNorm(norm_width, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(norm_width, norm_eps) if qk_norm else None
 
     def forward(
         self,
@@ -132,13 +151,19 @@ class CrossAttention(nn.Module):
         mask_BM: Bool[Tensor, "B M"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         """Each token attends to the context of its own row; context where mask_BM is False is not seen."""
-        batch, tokens, _ = x_BND.shape
-        q_BHNK = self.q(x_BND).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
-        kv_BMTHK = self.kv(context_BMI).view(batch, context_BMI.shape[1], 2, self.num_heads, -1)
-        k_BHMK, v_BHMK = kv_BMTHK.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.q_norm is not None and self.k_norm is not None:
+        q_BND = self.q(x_BND)
+        k_BMD, v_BMD = self.kv(context_BMI).chunk(2, dim=-1)
+        if self.norm_across_heads and self.q_norm is not None and self.k_norm is not None:
+            q_BND, k_BMD = self.q_norm(q_BND), self.k_norm(k_BMD)
+        q_BHNK, k_BHMK, v_BHMK = (split_heads(part, self.num_heads) for part in (q_BND, k_BMD, v_BMD))
+        if not self.norm_across_heads and self.q_norm is not None and self.k_norm is not None:
             q_BHNK, k_BHMK = self.q_norm(q_BHNK), self.k_norm(k_BHMK)
         return self.out(merge_heads(attention(q_BHNK, k_BHMK, v_BHMK, mask_BM)))  # type: ignore[no-any-return]
+
+
+def split_heads(x_BND: Float[Tensor, "B N D"], num_heads: int) -> Float[Tensor, "B H N K"]:
+    """[B, N, H K] to [B, H, N, K], a view."""
+    return x_BND.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x_BHNK: Float[Tensor, "B H N K"]) -> Float[Tensor, "B N D"]:
