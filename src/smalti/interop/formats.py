@@ -56,11 +56,13 @@ def formats() -> tuple[Format, ...]:
     """Every architecture that has a foreign format."""
     from smalti.interop.dit import DIT
     from smalti.interop.flux import FLUX
+    from smalti.interop.ltx import LTX
     from smalti.interop.mmdit import MMDIT
     from smalti.interop.pixart import PIXART
     from smalti.interop.sana import SANA
+    from smalti.interop.video_dit import VIDEO_DIT
 
-    return (DIT, MMDIT, FLUX, PIXART, SANA)
+    return (DIT, MMDIT, FLUX, PIXART, SANA, VIDEO_DIT, LTX)
 
 
 def format_of_class(class_name: str, norm_type: str | None = None) -> Format:

@@ -3,6 +3,7 @@
 from smalti.models.dit import DiT, DiTConfig
 from smalti.models.features import feature_names, forward_with_features
 from smalti.models.flux import Flux, FluxConfig
+from smalti.models.ltx import LTX, LTXConfig
 from smalti.models.mmdit import MMDiT, MMDiTConfig
 from smalti.models.pixart import PixArt, PixArtConfig
 from smalti.models.registry import (
@@ -15,9 +16,30 @@ from smalti.models.registry import (
     preset_names,
 )
 from smalti.models.sana import Sana, SanaConfig
+from smalti.models.video_dit import VideoDiT, VideoDiTConfig
 
 __all__ = [
-    "DiT", "DiTConfig", "Flux", "FluxConfig", "MMDiT", "MMDiTConfig", "ModelConfig", "PixArt", "PixArtConfig", "Sana",
-    "SanaConfig", "build_model", "count_parameters", "feature_names", "forward_flops", "forward_with_features",
-    "network_of", "preset", "preset_names",
+    "LTX",
+    "DiT",
+    "DiTConfig",
+    "Flux",
+    "FluxConfig",
+    "LTXConfig",
+    "MMDiT",
+    "MMDiTConfig",
+    "ModelConfig",
+    "PixArt",
+    "PixArtConfig",
+    "Sana",
+    "SanaConfig",
+    "VideoDiT",
+    "VideoDiTConfig",
+    "build_model",
+    "count_parameters",
+    "feature_names",
+    "forward_flops",
+    "forward_with_features",
+    "network_of",
+    "preset",
+    "preset_names",
 ]  # fmt: skip

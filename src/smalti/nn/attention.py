@@ -4,6 +4,7 @@ Shapes: B batch, N query tokens, M key tokens, H heads, K head width, D = H K.
 """
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -64,16 +65,28 @@ def split_qkv(qkv_BNE: Float[Tensor, "B N E"], num_heads: int) -> Float[Tensor, 
 
 
 class HeadProjection(nn.Module):
-    """Tokens to the queries, keys and values of each head in one product; optionally with QK-norm (per head)."""
+    """Tokens to the queries, keys and values of each head in one product; optionally with QK-norm.
+
+    norm_type(width, norm_eps): the QK-norm, such as RMSNorm or nn.LayerNorm, of each head on its own or, with
+    norm_across_heads, of all heads' features together (LTX-Video, Wan).
+    """
 
     def __init__(
-        self, width: int, num_heads: int, qk_norm: bool = False, bias: bool = True, norm_eps: float = 1e-6
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        bias: bool = True,
+        norm_eps: float = 1e-6,
+        norm_type: Callable[[int, float], nn.Module] = RMSNorm,
+        norm_across_heads: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.norm_across_heads = num_heads, norm_across_heads
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.q_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
+        norm_width = width if norm_across_heads else width // num_heads
+        self.q_norm = norm_type(norm_width, norm_eps) if qk_norm else None
+        self.k_norm = norm_type(norm_width, norm_eps) if qk_norm else None
 
     def project(
         self, x_BND: Float[Tensor, "B N D"], contiguous: bool = False
@@ -82,6 +95,10 @@ class HeadProjection(nn.Module):
 
         contiguous: lay each out head by head, as a plain product wants it; else they may be views.
         """
+        if self.norm_across_heads and self.q_norm is not None and self.k_norm is not None:
+            q_BND, k_BND, v_BND = self.qkv(x_BND).chunk(3, dim=-1)
+            q_BND, k_BND = self.q_norm(q_BND), self.k_norm(k_BND)
+            return tuple(split_heads(part, self.num_heads) for part in (q_BND, k_BND, v_BND))  # type: ignore[return-value]
         heads = split_qkv(self.qkv(x_BND), self.num_heads)
         q_BHNK, k_BHNK, v_BHNK = (heads.contiguous() if contiguous else heads).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
@@ -90,15 +107,26 @@ class HeadProjection(nn.Module):
 
 
 class SelfAttention(HeadProjection):
-    """Multi-head self-attention with fused q, k, v; optionally QK-norm (per head) and rotary positions."""
+    """Multi-head self-attention with fused q, k, v; optionally QK-norm (as HeadProjection's) and rotary positions.
+
+    bias: of q, k, v and, unless out_bias says otherwise, of the last layer.
+    """
 
     identity_map = False  # True in a view: each token attends to itself alone, so that its value passes straight
 
     def __init__(
-        self, width: int, num_heads: int, qk_norm: bool = False, bias: bool = True, norm_eps: float = 1e-6
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        bias: bool = True,
+        norm_eps: float = 1e-6,
+        norm_type: Callable[[int, float], nn.Module] = RMSNorm,
+        norm_across_heads: bool = False,
+        out_bias: bool | None = None,
     ) -> None:
-        super().__init__(width, num_heads, qk_norm, bias, norm_eps)
-        self.out = nn.Linear(width, width, bias=bias)
+        super().__init__(width, num_heads, qk_norm, bias, norm_eps, norm_type, norm_across_heads)
+        self.out = nn.Linear(width, width, bias=bias if out_bias is None else out_bias)
 
     def forward(
         self,

@@ -25,6 +25,7 @@ class FeedForward(nn.Module):
 
     "gelu_tanh" is DiT's; "gelu" (by erf) is faster in eager mode on a CPU; "swiglu" and "geglu" gate: fc1 gives
     [gate | value], each of hidden_width, and silu(gate) or gelu(gate) (by erf) multiplies value (Shazeer 2020, eq. 6).
+    out_width: width by default; another for a layer that projects, such as a text embedding.
     """
 
     def __init__(

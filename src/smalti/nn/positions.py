@@ -84,16 +84,36 @@ def rope_angles(
     return torch.stack([angles_NK.cos(), angles_NK.sin()]).float()
 
 
+def spread_over_grid(*tables: Float[Tensor, "_ _"]) -> tuple[Float[Tensor, "N _"], ...]:
+    """A table of each axis of a grid, one row a coordinate, to one row a point of the grid in row-major order."""
+    sizes = [len(table) for table in tables]
+    spread = []
+    for axis, table in enumerate(tables):
+        shape = [1] * len(sizes)
+        shape[axis] = sizes[axis]
+        spread.append(table.view(*shape, -1).expand(*sizes, -1).flatten(0, -2))
+    return tuple(spread)
+
+
+def rope_angles_grid(
+    axis_positions: Sequence[Shaped[Tensor, " _"]], axis_widths: Sequence[int], theta: float
+) -> Float[Tensor, "2 N K"]:
+    """rope_angles of a grid's points in row-major order, from the positions along each axis alone.
+
+    Cosines are taken of rows and columns, not of each point: this is cheap enough for each forward.
+    """
+    tables = [
+        rope_angles(positions[:, None], (width,), theta)
+        for positions, width in zip(axis_positions, axis_widths, strict=True)
+    ]
+    return torch.stack([torch.cat(spread_over_grid(*parts), dim=-1) for parts in zip(*tables, strict=True)])
+
+
 def rope_grid(
     sizes: Sequence[int], axis_widths: Sequence[int], theta: float, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "2 N K"]:
-    """rope_angles of grid_positions(*sizes), with the sines and cosines taken once an axis and not once a token."""
-    rows = []
-    for axis, (size, width) in enumerate(zip(sizes, axis_widths, strict=True)):
-        angles = rope_angles(grid_positions(size, device=device), (width,), theta)
-        broadcast = [size if other == axis else 1 for other in range(len(sizes))]
-        rows.append(angles.view(2, *broadcast, width).expand(2, *sizes, width))
-    return torch.cat(rows, dim=-1).flatten(1, -2)
+    """rope_angles_grid at 0, 1, 2 ... on each axis."""
+    return rope_angles_grid([grid_positions(size, device=device)[:, 0] for size in sizes], axis_widths, theta)
 
 
 def rope_angles_2d(head_width: int, rows: int, columns: int, theta: float = 100.0) -> Float[Tensor, "2 N K"]:
