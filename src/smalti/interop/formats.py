@@ -30,12 +30,13 @@ class Original:
 class Format:
     """How others write one architecture.
 
-    class_name: diffusers' `_class_name`. config_type: our config's class. read_config: diffusers' config.json to ours;
+    class_name: diffusers' `_class_name`, None where it has no class; the functions that need one then raise UserError.
+    config_type: our config's class. read_config: diffusers' config.json to ours;
     raises UserError for values that our network does not have. write_config: ours to diffusers', without the fields
     that begin with "_"; raises UserError for what their class cannot express. diffusers, originals: the layouts.
     """
 
-    class_name: str
+    class_name: str | None
     config_type: type
     read_config: Callable[[Mapping[str, Any]], Config]
     write_config: Callable[[Config], dict[str, Any]]
@@ -45,14 +46,16 @@ class Format:
 
 def formats() -> tuple[Format, ...]:
     """Every architecture that has a foreign format."""
+    from smalti.interop.amused import AMUSED
     from smalti.interop.dit import DIT
+    from smalti.interop.uvit import UVIT
 
-    return (DIT,)
+    return (DIT, UVIT, AMUSED)
 
 
 def format_of_class(class_name: str) -> Format:
     """The format of a diffusers class. Raises UserError that lists what is known."""
-    by_class = {f.class_name: f for f in formats()}
+    by_class = {f.class_name: f for f in formats() if f.class_name is not None}
     if class_name not in by_class:
         raise unknown_name("_class_name", class_name, by_class)
     return by_class[class_name]

@@ -1,5 +1,6 @@
 """Networks, one file an architecture, and the registry that builds them by name."""
 
+from smalti.models.amused import Amused, AmusedConfig
 from smalti.models.dit import DiT, DiTConfig
 from smalti.models.features import feature_names, forward_with_features
 from smalti.models.registry import (
@@ -11,8 +12,12 @@ from smalti.models.registry import (
     preset,
     preset_names,
 )
+from smalti.models.uvit import UViT, UViTConfig
 
 __all__ = [
-    "DiT", "DiTConfig", "ModelConfig", "build_model", "count_parameters", "feature_names", "forward_flops",
+    "Amused", "AmusedConfig",
+    "DiT", "DiTConfig", "ModelConfig",
+    "UViT", "UViTConfig",
+    "build_model", "count_parameters", "feature_names", "forward_flops",
     "forward_with_features", "network_of", "preset", "preset_names",
 ]  # fmt: skip

@@ -7,12 +7,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from smalti.models import dit
+from smalti.models import amused, dit, uvit
+from smalti.models.amused import Amused, AmusedConfig
 from smalti.models.dit import DiT, DiTConfig
+from smalti.models.uvit import UViT, UViTConfig
 from smalti.types import unknown_name
 
-ModelConfig = DiTConfig  # the union of all config_types below
-LabelledModelConfig = DiTConfig  # of those that the recipes train: image_size, in_channels and num_classes say on what
+ModelConfig = DiTConfig | UViTConfig | AmusedConfig  # the union of all config_types below
+# Of those that the recipes train: image_size, in_channels and num_classes say on what.
+LabelledModelConfig = DiTConfig | UViTConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class Architecture:
     forward_flops: Callable[..., int]
 
 
-_ARCHITECTURES = (Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),)
+_ARCHITECTURES = (
+    Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),
+    Architecture(UViTConfig, UViT, uvit.uvit_presets, uvit.forward_flops),
+    Architecture(AmusedConfig, Amused, amused.amused_presets, amused.forward_flops),
+)
 
 
 def _architecture_of(config: ModelConfig) -> Architecture:

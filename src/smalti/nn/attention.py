@@ -58,17 +58,26 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with fused q, k, v; optionally QK-norm (per head) and rotary positions."""
+    """Multi-head self-attention with fused q, k, v; optionally QK-norm (per head) and rotary positions.
+
+    bias: of q, k, v and, unless out_bias says otherwise, of the last layer.
+    """
 
     identity_map = False  # True in a view: each token attends to itself alone, so that its value passes straight
 
     def __init__(
-        self, width: int, num_heads: int, qk_norm: bool = False, bias: bool = True, norm_eps: float = 1e-6
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        bias: bool = True,
+        norm_eps: float = 1e-6,
+        out_bias: bool | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias if out_bias is None else out_bias)
         self.q_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
 
