@@ -39,12 +39,13 @@ class Original:
 class Format:
     """How others write one architecture.
 
-    class_name: diffusers' `_class_name`. config_type: our config's class. read_config: diffusers' config.json to ours;
+    class_name: diffusers' `_class_name`, None where it has no class; the functions that need one then raise UserError.
+    config_type: our config's class. read_config: diffusers' config.json to ours;
     raises UserError for values that our network does not have. write_config: ours to diffusers', without the fields
     that begin with "_"; raises UserError for what their class cannot express. diffusers, originals: the layouts.
     """
 
-    class_name: str
+    class_name: str | None
     config_type: type
     read_config: Callable[[Mapping[str, Any]], Config]
     write_config: Callable[[Config], dict[str, Any]]
@@ -54,15 +55,17 @@ class Format:
 
 def formats() -> tuple[Format, ...]:
     """Every architecture that has a foreign format."""
+    from smalti.interop.amused import AMUSED
     from smalti.interop.dit import DIT
     from smalti.interop.flux import FLUX
     from smalti.interop.ltx import LTX
     from smalti.interop.mmdit import MMDIT
     from smalti.interop.pixart import PIXART
     from smalti.interop.sana import SANA
+    from smalti.interop.uvit import UVIT
     from smalti.interop.video_dit import VIDEO_DIT
 
-    return (DIT, MMDIT, FLUX, PIXART, SANA, VIDEO_DIT, LTX)
+    return (DIT, UVIT, MMDIT, FLUX, PIXART, SANA, VIDEO_DIT, LTX, AMUSED)
 
 
 def format_of_class(class_name: str, norm_type: str | None = None) -> Format:
@@ -70,7 +73,7 @@ def format_of_class(class_name: str, norm_type: str | None = None) -> Format:
 
     norm_type: the config's field of that name: it tells apart what Transformer2DModel once stood for (LEGACY_CLASSES).
     """
-    by_class = {f.class_name: f for f in formats()}
+    by_class = {f.class_name: f for f in formats() if f.class_name is not None}
     if class_name == "Transformer2DModel":
         class_name = LEGACY_CLASSES.get(str(norm_type), class_name)
     if class_name not in by_class:

@@ -1,5 +1,6 @@
 """Networks, one file an architecture, and the registry that builds them by name."""
 
+from smalti.models.amused import Amused, AmusedConfig
 from smalti.models.dit import DiT, DiTConfig
 from smalti.models.features import feature_names, forward_with_features
 from smalti.models.flux import Flux, FluxConfig
@@ -16,10 +17,13 @@ from smalti.models.registry import (
     preset_names,
 )
 from smalti.models.sana import Sana, SanaConfig
+from smalti.models.uvit import UViT, UViTConfig
 from smalti.models.video_dit import VideoDiT, VideoDiTConfig
 
 __all__ = [
     "LTX",
+    "Amused",
+    "AmusedConfig",
     "DiT",
     "DiTConfig",
     "Flux",
@@ -32,6 +36,8 @@ __all__ = [
     "PixArtConfig",
     "Sana",
     "SanaConfig",
+    "UViT",
+    "UViTConfig",
     "VideoDiT",
     "VideoDiTConfig",
     "build_model",
