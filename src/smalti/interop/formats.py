@@ -46,8 +46,9 @@ class Format:
 def formats() -> tuple[Format, ...]:
     """Every architecture that has a foreign format."""
     from smalti.interop.dit import DIT
+    from smalti.interop.unet import UNET
 
-    return (DIT,)
+    return (DIT, UNET)
 
 
 def format_of_class(class_name: str) -> Format:

@@ -11,8 +11,9 @@ from smalti.models.registry import (
     preset,
     preset_names,
 )
+from smalti.models.unet import UNet, UNetConfig
 
 __all__ = [
-    "DiT", "DiTConfig", "ModelConfig", "build_model", "count_parameters", "feature_names", "forward_flops",
-    "forward_with_features", "network_of", "preset", "preset_names",
+    "DiT", "DiTConfig", "ModelConfig", "UNet", "UNetConfig", "build_model", "count_parameters", "feature_names",
+    "forward_flops", "forward_with_features", "network_of", "preset", "preset_names",
 ]  # fmt: skip

@@ -7,12 +7,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from smalti.models import dit
+from smalti.models import dit, unet
 from smalti.models.dit import DiT, DiTConfig
+from smalti.models.unet import UNet, UNetConfig
 from smalti.types import unknown_name
 
-ModelConfig = DiTConfig  # the union of all config_types below
-LabelledModelConfig = DiTConfig  # of those that the recipes train: image_size, in_channels and num_classes say on what
+ModelConfig = DiTConfig | UNetConfig  # the union of all config_types below
+# Of those that the recipes train: image_size, in_channels and num_classes say on what.
+LabelledModelConfig = DiTConfig | UNetConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,10 @@ class Architecture:
     forward_flops: Callable[..., int]
 
 
-_ARCHITECTURES = (Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),)
+_ARCHITECTURES = (
+    Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),
+    Architecture(UNetConfig, UNet, unet.unet_presets, unet.forward_flops),
+)
 
 
 def _architecture_of(config: ModelConfig) -> Architecture:
