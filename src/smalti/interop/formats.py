@@ -62,10 +62,11 @@ def formats() -> tuple[Format, ...]:
     from smalti.interop.mmdit import MMDIT
     from smalti.interop.pixart import PIXART
     from smalti.interop.sana import SANA
+    from smalti.interop.unet import UNET
     from smalti.interop.uvit import UVIT
     from smalti.interop.video_dit import VIDEO_DIT
 
-    return (DIT, UVIT, MMDIT, FLUX, PIXART, SANA, VIDEO_DIT, LTX, AMUSED)
+    return (DIT, UVIT, UNET, MMDIT, FLUX, PIXART, SANA, VIDEO_DIT, LTX, AMUSED)
 
 
 def format_of_class(class_name: str, norm_type: str | None = None) -> Format:

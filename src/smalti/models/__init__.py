@@ -17,6 +17,7 @@ from smalti.models.registry import (
     preset_names,
 )
 from smalti.models.sana import Sana, SanaConfig
+from smalti.models.unet import UNet, UNetConfig
 from smalti.models.uvit import UViT, UViTConfig
 from smalti.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -36,6 +37,8 @@ __all__ = [
     "PixArtConfig",
     "Sana",
     "SanaConfig",
+    "UNet",
+    "UNetConfig",
     "UViT",
     "UViTConfig",
     "VideoDiT",
