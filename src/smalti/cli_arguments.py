@@ -204,8 +204,6 @@ class Completion:
     """bash, zsh or tcsh."""
 
 
-Command = Train | Sample | Eval | Explain | Tune | Info | Completion
-
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "sample": Sample,
