@@ -1,12 +1,11 @@
 """DiT against diffusers' DiTTransformer2DModel with the same random weights."""
 
+import diffusers
 import pytest
 import torch
 
 from smalti.models import DiTConfig, build_model
 from smalti.types import Condition
-
-diffusers = pytest.importorskip("diffusers", reason="the extra `hf` is not installed")
 
 
 def reference(sample_size, patch_size, heads, head_width, layers, channels, learn_sigma, classes):

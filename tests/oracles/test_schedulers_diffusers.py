@@ -10,16 +10,16 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from gaussian import MixtureDenoiser
 
 from smalti import rng
-from smalti.diffusion import convert_prediction, make_process, process_names
+from smalti.diffusion import convert_prediction, make_process
 from smalti.sampling import Trajectories, make_plan
 
-diffusers = pytest.importorskip("diffusers", reason="the extra `hf` is not installed")
 diffusers.logging.set_verbosity_error()
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
@@ -321,7 +321,6 @@ def test_flow_match_heun(dtype, monkeypatch):
         assert_same(our_trajectory(plan, process, start(dtype=dtype)), theirs, dtype)
 
 
-@pytest.mark.skipif("edm" not in process_names(), reason="needs the process edm")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(
     ("scheduler_name", "config", "solver", "options"),
