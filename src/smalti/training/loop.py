@@ -198,13 +198,13 @@ class _Run:
     def until_done(self, stop: threading.Event) -> Outcome:
         """Steps until the budget is spent or a stop is asked for; saves at the end either way."""
         state, loop = self.state, self.config.loop
-        self._compile()
         last_time = time.perf_counter()
         window: list[float] = []  # seconds of the last steps, without validation and pictures
         progress = self._progress()
         if progress >= 1:
             self.display.message(f"already finished: {state.step} steps; a larger budget goes on")
             return "finished"
+        self._compile()
         while progress < 1 and not stop.is_set():
             started = time.perf_counter()
             loss, gradient_norm, rate = self._step(progress)
