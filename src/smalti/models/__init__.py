@@ -3,6 +3,10 @@
 from smalti.models.amused import Amused, AmusedConfig
 from smalti.models.dit import DiT, DiTConfig
 from smalti.models.features import feature_names, forward_with_features
+from smalti.models.flux import Flux, FluxConfig
+from smalti.models.ltx import LTX, LTXConfig
+from smalti.models.mmdit import MMDiT, MMDiTConfig
+from smalti.models.pixart import PixArt, PixArtConfig
 from smalti.models.registry import (
     ModelConfig,
     build_model,
@@ -12,12 +16,39 @@ from smalti.models.registry import (
     preset,
     preset_names,
 )
+from smalti.models.sana import Sana, SanaConfig
+from smalti.models.unet import UNet, UNetConfig
 from smalti.models.uvit import UViT, UViTConfig
+from smalti.models.video_dit import VideoDiT, VideoDiTConfig
 
 __all__ = [
-    "Amused", "AmusedConfig",
-    "DiT", "DiTConfig", "ModelConfig",
-    "UViT", "UViTConfig",
-    "build_model", "count_parameters", "feature_names", "forward_flops",
-    "forward_with_features", "network_of", "preset", "preset_names",
+    "LTX",
+    "Amused",
+    "AmusedConfig",
+    "DiT",
+    "DiTConfig",
+    "Flux",
+    "FluxConfig",
+    "LTXConfig",
+    "MMDiT",
+    "MMDiTConfig",
+    "ModelConfig",
+    "PixArt",
+    "PixArtConfig",
+    "Sana",
+    "SanaConfig",
+    "UNet",
+    "UNetConfig",
+    "UViT",
+    "UViTConfig",
+    "VideoDiT",
+    "VideoDiTConfig",
+    "build_model",
+    "count_parameters",
+    "feature_names",
+    "forward_flops",
+    "forward_with_features",
+    "network_of",
+    "preset",
+    "preset_names",
 ]  # fmt: skip

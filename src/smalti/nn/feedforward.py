@@ -25,15 +25,23 @@ class FeedForward(nn.Module):
 
     "gelu_tanh" is DiT's; "gelu" (by erf) is faster in eager mode on a CPU; "swiglu" and "geglu" gate: fc1 gives
     [gate | value], each of hidden_width, and silu(gate) or gelu(gate) (by erf) multiplies value (Shazeer 2020, eq. 6).
+    out_width: width by default; another for a layer that projects, such as a text embedding.
     """
 
-    def __init__(self, width: int, hidden_width: int, activation: Activation = "gelu_tanh", bias: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden_width: int,
+        activation: Activation = "gelu_tanh",
+        bias: bool = True,
+        out_width: int | None = None,  # None: width
+    ) -> None:
         super().__init__()
         self.activation = activation
         self.fc1 = nn.Linear(width, hidden_width * (2 if activation in _GATED else 1), bias=bias)
-        self.fc2 = nn.Linear(hidden_width, width, bias=bias)
+        self.fc2 = nn.Linear(hidden_width, out_width or width, bias=bias)
 
-    def forward(self, x_BND: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    def forward(self, x_BND: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
         """Each token on its own."""
         h = self.fc1(x_BND)
         if self.activation in _GATED:
