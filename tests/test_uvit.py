@@ -152,6 +152,17 @@ def test_training_lowers_the_validation_loss():
     assert after < 0.85
 
 
+@pytest.mark.parametrize("config", [TINY, OPTIONS])
+def test_residual_stream_stays_float32_where_products_are_bfloat16(config):
+    model = randomised(config)
+    dtypes = {}
+    for name, part in (("block", model.out_blocks[-1]), ("product", model.out_blocks[-1].mlp.fc1)):
+        part.register_forward_hook(lambda part, inputs, output, name=name: dtypes.update({name: output.dtype}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(*inputs(config))
+    assert dtypes == {"block": torch.float32, "product": torch.bfloat16}
+
+
 def test_features_by_name():
     model = build_model(TINY).eval()
     x, t, cond = inputs(TINY)
