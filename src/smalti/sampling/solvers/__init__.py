@@ -99,7 +99,7 @@ _SOLVERS: dict[str, SolverEntry] = {
         last_step_size=0.04,
     ),
     "sde_heun": SolverEntry(
-        sde_heun, 1, "time", "Heun's drift after the noise (SiT)", _SIT, "sde", calls_per_step=2, in_t=True,
+        sde_heun, 2, "time", "Heun's drift after the noise (SiT)", _SIT, "sde", calls_per_step=2, in_t=True,
         last_step_size=0.04,
     ),
     "lcm": SolverEntry(lcm, 1, "time", "for latent consistency models, 1 to 8 steps", (), "sde"),

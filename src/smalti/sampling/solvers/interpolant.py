@@ -84,9 +84,9 @@ def _sde(
             draft.call(s.t, t.t, 1, x=rows[last_step])
         elif heun:
             # The noise of a step comes before both of its calls: it is folded into the row before.
-            draft.call(s.t, t.t, 1, x=x + step * drift, anchor=x, h1=drift)
+            draft.call(s.t, t.t, 2, x=x + step * drift, anchor=x, h1=drift)
             both = draft.symbol("h1") + _drift(draft, t, diffusions[i + 1])
-            draft.call(t.t, t.t, 1, x=draft.symbol("anchor") + step / 2 * both + noise(i + 1) * z)
+            draft.call(t.t, t.t, 2, x=draft.symbol("anchor") + step / 2 * both + noise(i + 1) * z)
         else:
             draft.call(s.t, t.t, 1, x=x + step * drift + noise(i) * z)
     return draft.finish()
