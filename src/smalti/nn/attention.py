@@ -16,9 +16,14 @@ from smalti.nn.positions import rotate_pairs
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# Up to here a plain product and softmax beats PyTorch's fused CPU kernel (49 tokens: 12 ms against 22 ms, forward
-# and backward); past it the N x N matrix falls out of the cache.
-_PLAIN_ATTENTION_TOKENS = 256
+# Up to here a plain product and softmax beats PyTorch's fused CPU kernel in training (49 tokens, batch 64, 2 threads:
+# 12 ms against 22 ms, forward and backward). Past it the fused kernel wins: at one thread a forward with the plain
+# product takes 1.1 to 2 times as long at 128 keys and 1.9 times at 256.
+_PLAIN_ATTENTION_TOKENS = 64
+
+
+def _takes_plain_product(keys: int, device: torch.device, mask_BM: Tensor | None) -> bool:
+    return device.type == "cpu" and keys <= _PLAIN_ATTENTION_TOKENS and mask_BM is None
 
 
 def attention(
@@ -30,7 +35,7 @@ def attention(
     """softmax(q k^T / sqrt(K)) v, by whichever way is fastest on this device; keys where mask_BM is False count for
     nothing. Source: Vaswani et al. 2017, eq. 1."""
     batch, heads, tokens, width = q_BHNK.shape
-    if q_BHNK.device.type != "cpu" or k_BHMK.shape[2] > _PLAIN_ATTENTION_TOKENS or mask_BM is not None:
+    if not _takes_plain_product(k_BHMK.shape[2], k_BHMK.device, mask_BM):
         mask = None if mask_BM is None else mask_BM[:, None, None, :]
         return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask)
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q_BHNK, k_BHMK, v_BHMK))
@@ -137,7 +142,8 @@ class SelfAttention(HeadProjection):
         """Tokens attend to all tokens of their own row; where mask_BN is False a token is seen by none."""
         if self.identity_map:
             return self.out(self.qkv(x_BND)[..., 2 * x_BND.shape[-1] :])  # type: ignore[no-any-return]
-        q_BHNK, k_BHNK, v_BHNK = self.project(x_BND, contiguous=True)
+        plain = _takes_plain_product(x_BND.shape[1], x_BND.device, mask_BN)
+        q_BHNK, k_BHNK, v_BHNK = self.project(x_BND, contiguous=plain)
         if rope_2NK is not None:
             q_BHNK, k_BHNK = rotate_pairs(q_BHNK, rope_2NK), rotate_pairs(k_BHNK, rope_2NK)
         return self.out(merge_heads(attention(q_BHNK, k_BHNK, v_BHNK, mask_BN)))  # type: ignore[no-any-return]
