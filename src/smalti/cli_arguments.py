@@ -41,21 +41,9 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Draw pictures from a run.
+class Sampler:
+    """How to sample; what is not given is the run's own."""
 
-    Example: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
-
-    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label, seed, every setting). A picture
-    depends on its own seed and label alone, so any row of a manifest can be drawn again by itself.
-    """
-
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
-    """The run directory."""
-    class_labels: tuple[int, ...] = ()
-    """Labels to draw (default: each class once)."""
-    num_images_per_label: int = 8
-    """Pictures for each label (or in all, for an unconditional network)."""
     solver: str | None = None
     """Solver, such as dpmpp_2m, ddim, unipc_2, edm_heun; `smalti explain` lists all (default: the run's)."""
     num_inference_steps: int | None = None
@@ -80,12 +68,31 @@ class Sample:
     """Perturbed-attention guidance, in the layers of --pag-layers."""
     pag_layers: tuple[int, ...] = ()
     """Layers (from 0) whose attention is perturbed."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw pictures from a run.
+
+    Example: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
+
+    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label, seed, every setting). A picture
+    depends on its own seed and label alone, so any row of a manifest can be drawn again by itself.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run directory."""
+    class_labels: tuple[int, ...] = ()
+    """Labels to draw (default: each class once)."""
+    num_images_per_label: int = 8
+    """Pictures for each label (or in all, for an unconditional network)."""
+    sampler: Sampler = Sampler()
     negative_class_labels: tuple[int, ...] = ()
     """Labels to move away from, in place of the null label: one for all, or one a picture."""
     image: Path | None = None
     """A picture to begin from (with --strength) or to keep a part of (with --mask)."""
     strength: float = 1.0
-    """How far --image is noised, above 0 to 1."""
+    """How far --image is noised, above 0 to 1; 1 leaves nothing of it and is for --mask."""
     mask: Path | None = None
     """A picture of the image's size: white where to paint, black where to keep --image."""
     seed: int = 0
@@ -106,7 +113,7 @@ class Sample:
 class Eval:
     """Judge a run: are its digits what was asked for, and how far are they from real ones?
 
-    Example: smalti eval runs/mnist
+    Example: smalti eval runs/mnist --guidance-scale 2 --guidance-interval 0.3 1
 
     Draws class-conditional samples and prints the judge's accuracy on them and the Frechet distance in the judge's
     features against the held-out digits, each with a bootstrap 95 % interval; writes RUN/evaluation.json. The judge is
@@ -117,14 +124,7 @@ class Eval:
     """The run directory."""
     num_images: int = 1000
     """Samples to judge, an equal number of each class."""
-    solver: str | None = None
-    """Solver (default: the run's)."""
-    num_inference_steps: int | None = None
-    """Solver steps (default: the run's)."""
-    spacing: str | None = None
-    """Time grid (default: the run's)."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is off (default: the run's)."""
+    sampler: Sampler = Sampler()
     seed: int = 0
     """Seed of the first sample."""
     checkpoint: str | None = None
@@ -287,8 +287,6 @@ class Completion:
     shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")]
     """bash, zsh or tcsh."""
 
-
-Command = Train | Sample | Eval | Explain | Tune | Convert | Export | Adapt | Info | Completion
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,

@@ -51,7 +51,8 @@ class LoopConfig:
     checkpoint_every: int = 250
     preview_every: int = 500
     keep_checkpoints: int = 2
-    compile: bool = False  # torch.compile the network: pays on runs longer than its minute of compilation
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"  # of the products, see training/forward.py
+    compile: bool = False  # torch.compile the blocks, in runs long enough to repay it
 
     def __post_init__(self) -> None:
         for name in (

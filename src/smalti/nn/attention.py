@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Normalise the last axis; the statistic is taken in float32."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 def split_qkv(qkv_BNE: Float[Tensor, "B N E"], num_heads: int) -> Float[Tensor, "3 B H N K"]:

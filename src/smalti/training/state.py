@@ -32,6 +32,11 @@ class TrainingState:
         """The trained weights."""
         return list(self.model.parameters())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
     def update_average(self, decay: float) -> None:
         """Move the average towards the weights."""
         update_ema(list(self.average.parameters()), list(self.model.parameters()), decay)
