@@ -15,8 +15,7 @@ from smalti.models.registry import (
 from smalti.models.video_dit import VideoDiT, VideoDiTConfig
 
 __all__ = [
-    "DiT", "DiTConfig", "ModelConfig", "build_model", "count_parameters", "feature_names", "forward_flops",
-    "forward_with_features", "network_of", "preset", "preset_names",
-    "VideoDiT", "VideoDiTConfig",
-    "LTX", "LTXConfig",
+    "LTX", "DiT", "DiTConfig", "LTXConfig", "ModelConfig", "VideoDiT", "VideoDiTConfig", "build_model",
+    "count_parameters", "feature_names", "forward_flops", "forward_with_features", "network_of", "preset",
+    "preset_names",
 ]  # fmt: skip

@@ -100,8 +100,9 @@ def rope_angles_2d(head_width: int, rows: int, columns: int, theta: float = 100.
 def rotate_pairs(x: Float[Tensor, "*batch N K"], cos_sin: Float[Tensor, "2 *rows N K"]) -> Float[Tensor, "*batch N K"]:
     """Rotary positions on adjacent pairs: (x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos).
 
-    cos_sin holds each angle twice, once per member of its pair. Source: Su et al. 2021 (RoFormer), eq. 34.
+    cos_sin holds each angle twice, once per member of its pair; x of half precision is turned in cos_sin's float32.
+    Source: Su et al. 2021 (RoFormer), eq. 34.
     """
     pairs = x.unflatten(-1, (-1, 2))
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return torch.addcmul(x * cos_sin[0], turned, cos_sin[1])
+    return torch.addcmul(x * cos_sin[0], turned, cos_sin[1]).to(x.dtype)
