@@ -47,8 +47,9 @@ def formats() -> tuple[Format, ...]:
     """Every architecture that has a foreign format."""
     from smalti.interop.dit import DIT
     from smalti.interop.unet import UNET
+    from smalti.interop.zimage import ZIMAGE
 
-    return (DIT, UNET)
+    return (DIT, UNET, ZIMAGE)
 
 
 def format_of_class(class_name: str) -> Format:

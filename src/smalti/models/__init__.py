@@ -12,8 +12,10 @@ from smalti.models.registry import (
     preset_names,
 )
 from smalti.models.unet import UNet, UNetConfig
+from smalti.models.zimage import ZImage, ZImageConfig
 
 __all__ = [
-    "DiT", "DiTConfig", "ModelConfig", "UNet", "UNetConfig", "build_model", "count_parameters", "feature_names",
-    "forward_flops", "forward_with_features", "network_of", "preset", "preset_names",
+    "DiT", "DiTConfig", "ModelConfig", "UNet", "UNetConfig", "ZImage", "ZImageConfig", "build_model",
+    "count_parameters", "feature_names", "forward_flops", "forward_with_features", "network_of", "preset",
+    "preset_names",
 ]  # fmt: skip

@@ -7,12 +7,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from smalti.models import dit, unet
+from smalti.models import dit, unet, zimage
 from smalti.models.dit import DiT, DiTConfig
 from smalti.models.unet import UNet, UNetConfig
+from smalti.models.zimage import ZImage, ZImageConfig
 from smalti.types import unknown_name
 
-ModelConfig = DiTConfig | UNetConfig  # the union of all config_types below
+ModelConfig = DiTConfig | UNetConfig | ZImageConfig  # the union of all config_types below
 # Of those that the recipes train: image_size, in_channels and num_classes say on what.
 LabelledModelConfig = DiTConfig | UNetConfig
 
@@ -34,6 +35,7 @@ class Architecture:
 _ARCHITECTURES = (
     Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),
     Architecture(UNetConfig, UNet, unet.unet_presets, unet.forward_flops),
+    Architecture(ZImageConfig, ZImage, zimage.zimage_presets, zimage.forward_flops),
 )
 
 
