@@ -156,7 +156,7 @@ def test_training_lowers_the_validation_loss():
 
 
 def test_recipes_take_it():
-    overrides = ["model=unet", "attention_levels=1", "widths=8,16", "head_width=none", "resampling=residual"]
+    overrides = ["model=unet", "head_width=none", "attention_levels=1", "widths=8,16", "resampling=residual"]
     config = apply_overrides(recipe("mnist"), overrides)
     expected = UNetConfig(attention_levels=(1,), widths=(8, 16), head_width=None, resampling="residual")
     assert config.model == expected

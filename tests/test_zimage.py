@@ -91,7 +91,8 @@ def test_what_is_kept_between_forwards_serves_training_too():
         expected = model(x, t, cond)
     output = model(x, t, cond)
     output.sum().backward()
-    assert torch.equal(output.detach(), expected)
+    # Close and not equal: where gradients are wanted, attention is another kernel.
+    torch.testing.assert_close(output.detach(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_is_near_float32():
