@@ -63,17 +63,29 @@ def error(mixture, steps, name="dpm_solver_v3", **options):
     return float((run_plan(plan, denoiser, x) - truth).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("corrector", [False, True])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_halving_the_step_divides_the_error_by_two_to_the_order(mixture, order, corrector):
-    options = {"order": order, "corrector": corrector, "lower_order_final": False}
+def test_halving_the_step_divides_the_error_by_two_to_the_order(mixture, order):
+    options = {"order": order, "corrector": False, "lower_order_final": False}
+    errors = [error(mixture, steps, **options) for steps in (80, 160, 320)]
+    assert abs(slope(errors) - order) < 0.15 * order, (slope(errors), errors)
+
+
+@pytest.mark.parametrize(("order", "corrector"), [(1, False), (2, False), (3, False), (2, True), (3, True)])
+def test_orders_with_statistics_that_have_no_kinks(mixture, order, corrector):
+    """Any l, s and b are right in the limit. The corrector's errors fall below what the kinks of statistics that are
+    linear between 400 nodes leave (5e-7 at order 3), so its order is seen with constants,
+    right at high noise, where the first steps are of lower order."""
+    process = mixture[0].process
+    values = torch.tensor([[1.0, 0.98], [1.0, 0.8], [0.17, 0.0]], dtype=torch.float64)
+    ems = EMS(process.name, flat_ems(process).log_snrs, *(row.expand(2, 2) for row in values))
+    options = {"order": order, "corrector": corrector, "lower_order_final": False, "ems": ems}
     errors = [error(mixture, steps, **options) for steps in (80, 160, 320)]
     assert abs(slope(errors) - order) < 0.15 * order, (slope(errors), errors)
 
 
 def test_fewer_calls_than_2m_need(mixture):
     """What the statistics are for. Measured at 5, 6, 8 steps: 2M 0.133, 0.094, 0.047; v3 0.026, 0.016, 0.007."""
-    for steps in (5, 6, 7, 8):
+    for steps in (5, 8):
         reference = error(mixture, steps, "dpmpp_2m")
         assert error(mixture, steps, order=2) < 0.3 * reference
         assert error(mixture, steps, order=3) < 0.3 * reference
@@ -93,10 +105,11 @@ def test_flat_statistics_give_dpm_solver_pp(process_name):
     process = make_process(process_name)
     t_start, t_end = process.t_of_log_snr(torch.tensor([-2.5, 2.5], dtype=torch.float64)).tolist()
     common = {"process": process, "num_inference_steps": 8, "spacing": "lambda", "t_start": t_start, "t_end": t_end}
+    common["lower_order_final"] = False
     flat = {"ems": flat_ems(process), "corrector": False}
     signs = np.array([1.0, -1.0, -1.0])
     pairs = [
-        (1, 0, make_plan("ddim", **common)),
+        (1, 0, make_plan("ddim", **{k: v for k, v in common.items() if k != "lower_order_final"})),
         (2, 1, make_plan("dpmpp_2m", solver_type="heun", **common)),
         (3, 2, make_plan("dpmpp_3m", **common)),
     ]
@@ -121,7 +134,7 @@ def test_statistics_of_a_gaussian_are_the_closed_form(process_name):
     process = denoiser.process
     x0 = denoiser.mean + denoiser.variance.sqrt() * start(64)
     t_start, t_end = process.t_of_log_snr(torch.tensor([-3.0, 3.0], dtype=torch.float64)).tolist()
-    ems = statistics(denoiser, x0, t_start=t_start, t_end=t_end, num_nodes=400)
+    ems = statistics(denoiser, x0, t_start=t_start, t_end=t_end, num_nodes=200)
     expected = 1 / (1 + torch.exp(2 * ems.log_snrs)[:, None] * denoiser.variance)
     torch.testing.assert_close(ems.l, expected, rtol=0, atol=1e-10)
     assert not ems.s.any()
@@ -129,10 +142,10 @@ def test_statistics_of_a_gaussian_are_the_closed_form(process_name):
 
 
 def test_a_linear_score_is_solved_exactly_at_first_order():
-    """The linear part is all there is; left is how far l, known at 400 nodes, is from linear between them."""
+    """The linear part is all there is; left is how far l, known at 200 nodes, is from linear between them."""
     denoiser = gaussian("vp_linear")
     x0 = denoiser.mean + denoiser.variance.sqrt() * start(64)
-    ems = statistics(denoiser, x0, num_nodes=400)
+    ems = statistics(denoiser, x0, num_nodes=200)
     x = denoiser.process.sigma(torch.tensor(T_START, dtype=torch.float64)) * start()
     exact = denoiser.exact_flow(x, T_START, T_END)
 
@@ -147,8 +160,8 @@ def test_s_and_b_are_the_line_through_f_and_its_rate():
     process = make_process("rectified_flow")
     denoiser = MixtureDenoiser(process, PLANE, 0.4)
     x0 = denoiser.sample(0.0, torch.arange(512))
-    ems = statistics(denoiser, x0, num_nodes=400, seed=3)
-    node, width = 200, 1e-3
+    ems = statistics(denoiser, x0, num_nodes=200, seed=3)
+    node, width = 100, 1e-3
     log_snr = float(ems.log_snrs[node])
     z = rng.normal((2,), seed=3, purpose="ems/noise", index=torch.arange(512), dtype=torch.float64)
     t, before, after = process.t_of_log_snr(torch.tensor([log_snr, log_snr - width, log_snr + width]).double()).tolist()

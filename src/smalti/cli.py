@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from smalti.cli_arguments import COMMANDS, DESCRIPTION, Completion, Eval, Explain, Info, Sample, Train, Tune
+from smalti.cli_arguments import COMMANDS, DESCRIPTION, Completion, Ems, Eval, Explain, Info, Sample, Train, Tune
 from smalti.types import UserError
 
 if TYPE_CHECKING:
@@ -270,6 +270,31 @@ def _tune(command: Tune) -> int:
     return 0
 
 
+def _ems(command: Ems) -> int:
+    from smalti.evaluation.ems import estimate_run_ems
+    from smalti.sampling.ems import save_ems
+    from smalti.training.memory import keep_freed_memory
+
+    _set_threads(command.threads)
+    keep_freed_memory()
+    with _progress_bar("measuring") as progress:
+        ems = estimate_run_ems(
+            command.run,
+            num_images=command.num_images,
+            num_nodes=command.num_nodes,
+            guidance_scale=command.guidance_scale,
+            seed=command.seed,
+            batch_size=command.batch_size,
+            checkpoint=command.checkpoint,
+            progress=progress,
+        )
+    out = command.out or command.run / "ems.npz"
+    save_ems(ems, out)
+    print(f"statistics: {out}")
+    print(f"use it: smalti sample {command.run} --solver dpm_solver_v3 --solver-options ems={out} order=2")
+    return 0
+
+
 def _info(command: Info) -> int:
     from smalti.describe import describe
 
@@ -291,6 +316,7 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Eval: _eval,
     Explain: _explain,
     Tune: _tune,
+    Ems: _ems,
     Info: _info,
     Completion: _completion,
 }

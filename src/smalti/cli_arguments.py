@@ -183,6 +183,36 @@ class Tune:
 
 
 @dataclass(frozen=True)
+class Ems:
+    """Measure the statistics of a run's network that the solver dpm_solver_v3 needs.
+
+    Example: smalti ems runs/mnist, then smalti sample runs/mnist --solver dpm_solver_v3 --solver-options
+    ems=runs/mnist/ems.npz order=2 --num-inference-steps 6
+
+    Measured on training digits with the guidance that will be sampled with, once for each run and guidance scale.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run directory."""
+    num_images: int = 256
+    """Training digits to measure on."""
+    num_nodes: int = 120
+    """Intervals of log-SNR, from noise to data."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance to measure at; 1 is off (default: the run's)."""
+    out: Path | None = None
+    """The file to write (default: RUN/ems.npz)."""
+    seed: int = 0
+    """Seed of the digits, the noise and the probes."""
+    batch_size: int = 64
+    """Pictures that share a forward."""
+    checkpoint: str | None = None
+    """A folder's name under checkpoints/ (default: the newest)."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Describe a run or a recipe: parameters by part, FLOPs, config, how it was trained.
 
@@ -204,7 +234,7 @@ class Completion:
     """bash, zsh or tcsh."""
 
 
-Command = Train | Sample | Eval | Explain | Tune | Info | Completion
+Command = Train | Sample | Eval | Explain | Tune | Ems | Info | Completion
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
@@ -212,6 +242,7 @@ COMMANDS: dict[str, type[Any]] = {
     "eval": Eval,
     "explain": Explain,
     "tune": Tune,
+    "ems": Ems,
     "info": Info,
     "completion": Completion,
 }

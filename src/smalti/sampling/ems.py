@@ -1,18 +1,18 @@
 """Empirical model statistics (EMS): how a network's estimates move along its own ODE, measured once per network.
 
-DPM-Solver-v3 reads them. In y = x / alpha the probability flow is dy/dlambda = x0 - y, and with n = y - x0 =
-e^-lambda eps the paper's quantities need neither alpha nor sigma: f = n - l y, and f' = n' + l n - l' y along the flow.
+DPM-Solver-v3 reads them. In y = x / alpha the probability flow is dy/dlambda = x0 - y, and the paper's quantities need
+neither alpha nor sigma: with m = 1 - l, f = m y - x0, and along the flow f' = m (x0 - y) + m' y - dx0/dlambda.
 Source: Zheng et al. 2023 (DPM-Solver-v3), section 3.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from smalti import rng
@@ -145,7 +145,7 @@ def _log_snr_range(process: Process, t_start: float | None, t_end: float | None)
 
 @dataclass
 class _Moments:
-    """Sums over samples at one lambda: of v Jv, of q = (y, n, n') and of the products q q^T. Each float64."""
+    """Sums over samples at one lambda: of v Jv, of q = (y, x0, dx0/dlambda) and of the products q q^T. Each float64."""
 
     count: int = 0
     probe: Tensor | float = 0.0
@@ -163,7 +163,7 @@ class _Moments:
 def _measure(
     denoiser: Denoiser, process: Process, log_snr: float, x0: Tensor, z: Tensor, v: Tensor, cond: Condition | None
 ) -> tuple[Tensor, Tensor]:
-    """v alpha (d x0 / d x) v, and q = (y, n, dn/dlambda along the flow), at x = alpha x0 + sigma z of one batch."""
+    """v alpha (d x0 / d x) v, and q = (y, x0, dx0/dlambda along the flow), at x = alpha x0 + sigma z of one batch."""
     one = process.t_of_log_snr(torch.tensor([log_snr], dtype=torch.float64)).to(x0.device)
     alpha, sigma = float(process.alpha(one)), float(process.sigma(one))
     alpha_rate, sigma_rate = float(process.alpha_dot(one)), float(process.sigma_dot(one))
@@ -174,13 +174,12 @@ def _measure(
         return denoiser(x, t, cond)
 
     x = alpha * x0 + sigma * z
-    guess, along_probe = torch.func.jvp(estimate, (x, t), (v, torch.zeros_like(t)))
+    guess, along_probe, *_ = torch.func.jvp(estimate, (x, t), (v, torch.zeros_like(t)))
     y, guess = x.double() / alpha, guess.double()
     # The flow's direction in (x, t): dx/dlambda = (d ln alpha / dlambda) x + alpha (x0 - y), dt/dlambda.
     direction = (alpha_rate / alpha * t_rate) * x + alpha * (guess - y).to(x.dtype)
-    _, along_flow = torch.func.jvp(estimate, (x, t), (direction, torch.full_like(t, t_rate)))
-    n = y - guess
-    return (v * along_probe).double() * alpha, torch.stack([y, n, -n - along_flow.double()])
+    _, along_flow, *_ = torch.func.jvp(estimate, (x, t), (direction, torch.full_like(t, t_rate)))
+    return (v * along_probe).double() * alpha, torch.stack([y, guess, along_flow.double()])
 
 
 def estimate_ems(
@@ -219,7 +218,7 @@ def estimate_ems(
         z = rng.normal(shape, seed=seed, purpose="ems/noise", index=rows, device=device, dtype=x0.dtype)
         words = rng.random_words(math.prod(shape), seed=seed, purpose="ems/probe", index=rows, device=device)
         v = (2 * (words & 1) - 1).to(x0.dtype).reshape(-1, *shape)  # Rademacher
-        batch_cond = None if cond is None else cond.map(lambda value, rows=rows: value[rows])
+        batch_cond = None if cond is None else cond.map(itemgetter(rows))
         denoiser = denoiser_for(rows)
         # Fused attention kernels have no forward-mode derivative.
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -228,18 +227,19 @@ def estimate_ems(
                 if progress is not None:
                     progress(i * len(nodes) + k + 1, len(batches) * len(nodes))
     count = len(x0)
-    l = 1 - torch.stack([torch.as_tensor(m.probe).cpu() for m in moments]) / count  # noqa: E741
-    first = torch.stack([torch.as_tensor(m.first).cpu() for m in moments]) / count  # [N + 1, 3, *shape]
-    second = torch.stack([torch.as_tensor(m.second).cpu() for m in moments]) / count  # [N + 1, 3, 3, *shape]
-    return EMS(process.name, nodes, l, *_regression(nodes, l, first, second))
+    m = torch.stack([torch.as_tensor(moment.probe).cpu() for moment in moments]) / count
+    first = torch.stack([torch.as_tensor(moment.first).cpu() for moment in moments]) / count  # [N + 1, 3, *shape]
+    second = torch.stack([torch.as_tensor(moment.second).cpu() for moment in moments]) / count  # [N + 1, 3, 3, *shape]
+    return EMS(process.name, nodes, 1 - m, *_regression(nodes, m, first, second))
 
 
-def _regression(nodes: Tensor, l: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """s and b, the line through f' over f. Source: Zheng et al. 2023, section 3.2."""
-    (l_rate,) = torch.gradient(l, spacing=(nodes,), dim=0, edge_order=2)
-    zero, one = torch.zeros_like(l), torch.ones_like(l)
-    of_f = torch.stack([-l, one, zero], 1)  # f = n - l y in (y, n, n')
-    of_rate = torch.stack([-l_rate, l, one], 1)  # f' = n' + l n - l' y
+def _regression(nodes: Tensor, m: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """s and b, the line through f' over f; m = 1 - l. Source: Zheng et al. 2023, section 3.2."""
+    (m_rate,) = torch.gradient(m, spacing=(nodes,), dim=0, edge_order=2)
+    zero, one = torch.zeros_like(m), torch.ones_like(m)
+    # In (y, x0, dx0/dlambda); with n = y - x0 for x0 the variance of f would cancel at high noise.
+    of_f = torch.stack([m, -one, zero], 1)
+    of_rate = torch.stack([m_rate - m, m, -one], 1)
     mean_f, mean_rate = (of_f * first).sum(1), (of_rate * first).sum(1)
     covariance = second - first[:, :, None] * first[:, None, :]
     with_f = torch.einsum("nij...,nj...->ni...", covariance, of_f)
@@ -254,10 +254,12 @@ def _regression(nodes: Tensor, l: Tensor, first: Tensor, second: Tensor) -> tupl
 
 def save_ems(ems: EMS, path: Path) -> None:
     """Write an .npz of process, log_snrs, l, s and b. Raises UserError where it cannot be written."""
-    arrays: dict[str, NDArray[np.float64]] = {name: getattr(ems, name).numpy() for name in ("log_snrs", "l", "s", "b")}
     try:
         with path.open("wb") as file:
-            np.savez(file, process=np.array(ems.process), **arrays)
+            np.savez(
+                file, process=np.array(ems.process), log_snrs=ems.log_snrs.numpy(), l=ems.l.numpy(), s=ems.s.numpy(),
+                b=ems.b.numpy(),
+            )  # fmt: skip
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 

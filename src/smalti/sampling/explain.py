@@ -17,7 +17,8 @@ def _formula(row: Row, names: list[str], per_element: list[str]) -> str:
 def plan_table(plan: Plan) -> Table:
     """Each network call: t, lambda, sigma, SNR, order, and the new registers as formulas of the old ones.
 
-    "c" stands for a coefficient of each element's own, or alone for its constant; "z v" for noise whose variance the network has learned.
+    "c" stands for a coefficient of each element's own, or alone for its constant;
+    "z v" for noise whose variance the network has learned.
     """
     table = Table(
         title=f"{plan.solver} on {plan.process.name}: {plan.num_calls} network calls"

@@ -5,13 +5,13 @@ are the network's statistics (ems.EMS), per element. A history register holds f:
 so that f stays what it was.
 """
 
+import itertools
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from smalti.diffusion.processes import Process
 from smalti.sampling.ems import EMS, EMSIntegrals, ems_integrals, load_ems
@@ -56,7 +56,7 @@ def _update(
     others: list[tuple[AffineRow, Node]],
     pseudo: bool,
 ) -> AffineRow:
-    """x at t from start at s, f = g there, and g relative to s at other nodes. Source: Zheng et al. 2023, section 3.2."""
+    """x at t from start at s, f = g there, and g relative to s at others. Source: Zheng et al. 2023, section 3.2."""
     y = start / s.alpha - step.E[0] * g
     y[-1] = y[-1] - step.C
     weights = _derivative_weights([node.log_snr - s.log_snr for _, node in others], pseudo)
@@ -107,7 +107,7 @@ def dpm_solver_v3(
     nodes = nodes_of(process, times)
     steps = [
         ems_integrals(statistics, s.log_snr, t.log_snr, order) if is_finite_step(s, t) else None
-        for s, t in zip(nodes, nodes[1:], strict=False)
+        for s, t in itertools.pairwise(nodes)
     ]
     x, x0 = draft.affine_symbol("x", shape), draft.affine_symbol("x0", shape)
     past = [draft.affine_symbol(name, shape) for name in history]
@@ -121,7 +121,7 @@ def dpm_solver_v3(
         return found
 
     last_order = 0
-    for i, (s, t) in enumerate(zip(nodes, nodes[1:], strict=False)):
+    for i, (s, t) in enumerate(itertools.pairwise(nodes)):
         known = math.isfinite(s.log_snr)
         l = statistics.at(torch.tensor([s.log_snr], dtype=torch.float64))[0][0] if known else torch.ones(shape)  # noqa: E741
         y = x / s.alpha if known else torch.zeros_like(x)
