@@ -220,6 +220,7 @@ def _eval(command: Eval) -> int:
             num_inference_steps=command.num_inference_steps,
             solver=command.solver,
             spacing=command.spacing,
+            solver_options=_solver_options(command.solver_options),
             guidance_scale=command.guidance_scale,
         )
     print(report.text())
@@ -272,6 +273,7 @@ def _tune(command: Tune) -> int:
 
 def _ems(command: Ems) -> int:
     from smalti.evaluation.ems import estimate_run_ems
+    from smalti.run_folder import RunFolder
     from smalti.sampling.ems import save_ems
     from smalti.training.memory import keep_freed_memory
 
@@ -283,15 +285,20 @@ def _ems(command: Ems) -> int:
             num_images=command.num_images,
             num_nodes=command.num_nodes,
             guidance_scale=command.guidance_scale,
+            secant_width=command.secant_width,
             seed=command.seed,
             batch_size=command.batch_size,
             checkpoint=command.checkpoint,
             progress=progress,
         )
-    out = command.out or command.run / "ems.npz"
+    out = command.out or RunFolder(command.run).ems
     save_ems(ems, out)
-    print(f"statistics: {out}")
-    print(f"use it: smalti sample {command.run} --solver dpm_solver_v3 --solver-options ems={out} order=2")
+    scale = ems.origin.guidance_scale
+    print(f"statistics of {ems.origin.checkpoint} at guidance {scale:g}: {out}")
+    print(
+        f"use them: smalti sample {command.run} --solver dpm_solver_v3 --solver-options ems={out} "
+        f"--num-inference-steps 8 --guidance-scale {scale:g}"
+    )
     return 0
 
 

@@ -1,8 +1,9 @@
 """Judging a run of the digits: accuracy and Frechet distance of its samples, with intervals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,10 +54,12 @@ def evaluate_run(
     num_inference_steps: int | None = None,
     solver: str | None = None,
     spacing: str | None = None,
+    solver_options: Mapping[str, Any] | None = None,
     guidance_scale: float | None = None,
 ) -> DigitsReport:
     """Draw num_images samples of a run (labels 0, 1, ... 9, 0, ...) and judge them; writes RUN/evaluation.json.
 
+    solver_options: what Pipeline.plan takes beside the named fields.
     Raises UserError where the run does not draw digits.
     """
     if num_images < 100:
@@ -76,6 +79,7 @@ def evaluate_run(
         spacing=spacing,
         guidance_scale=guidance_scale,
         batch_size=100,
+        **(solver_options or {}),
     )
     features, predicted = judge_features(judge, output.tensor)
     real, _ = judge_features(judge, to_signed_unit(held_out.images))

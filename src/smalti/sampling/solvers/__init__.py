@@ -84,8 +84,9 @@ _SOLVERS: dict[str, SolverEntry] = {
         dpmpp_sde_3m, 3, "lambda", "stochastic 3M, one call a step", (*_FINAL, "variant"), "sde", min_steps=3
     ),
     "dpm_solver_v3": SolverEntry(
-        dpm_solver_v3, 2, "lambda", "with the network's own statistics: smalti ems RUN",
-        ("ems", "order", "corrector", *_FINAL, "pseudo"), needs={"ems": "`smalti ems RUN` writes it to RUN/ems.npz"},
+        dpm_solver_v3, 3, "lambda", "multistep with the network's own statistics, see `smalti ems`",
+        ("ems", "order", "corrector", *_FINAL, "pseudo", "variant"), min_steps=2,
+        needs={"ems": "`smalti ems RUN` writes it to RUN/ems.npz"},
     ),
     "unipc_2": SolverEntry(
         unipc_2, 3, "lambda", "predictor of order 2 with its corrector", (*_FINAL, "bh", "corrector"), min_steps=2

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from smalti.diffusion.processes import Process
 from smalti.sampling.ems import EMS, EMSIntegrals, ems_integrals, load_ems
 from smalti.sampling.plan import AffineRow, Plan, PlanDraft
-from smalti.sampling.solvers.nodes import Node, ddim_weights, is_finite_step, multistep_order, nodes_of
+from smalti.sampling.solvers.nodes import (
+    Node,
+    ddim_weights,
+    is_finite_step,
+    is_published,
+    multistep_order,
+    nodes_of,
+)
 from smalti.types import UserError
 
 # An AffineRow holds a coefficient of one sample's shape for each column of the table, and a constant behind them.
@@ -47,31 +54,26 @@ def _relative_g(f: AffineRow, steps: list[EMSIntegrals]) -> AffineRow:
     return f
 
 
-def _update(
-    s: Node,
-    t: Node,
-    start: AffineRow,
-    step: EMSIntegrals,
-    g: AffineRow,
-    others: list[tuple[AffineRow, Node]],
-    pseudo: bool,
+def _curved_part(
+    base: Node, step: EMSIntegrals, g: AffineRow, others: list[tuple[AffineRow, Node]], pseudo: bool
 ) -> AffineRow:
-    """x at t from start at s, f = g there, and g relative to s at others. Source: Zheng et al. 2023, section 3.2."""
-    y = start / s.alpha - step.E[0] * g
-    y[-1] = y[-1] - step.C
-    weights = _derivative_weights([node.log_snr - s.log_snr for _, node in others], pseudo)
+    """sum_k E_k g^(k) for k = 1, 2, ...: what a step takes from y e^L beside its constant g.
+
+    The derivatives are those of the polynomial through g at base and at the others (relative to base too).
+    Source: Zheng et al. 2023, section 3.2.
+    """
+    total = torch.zeros_like(g)
+    weights = _derivative_weights([node.log_snr - base.log_snr for _, node in others], pseudo)
     for k, row in enumerate(weights, start=1):
         for weight, (other, _) in zip(row.tolist(), others, strict=True):
-            y = y - step.E[k] * (weight * math.factorial(k)) * (other - g)
-    return t.alpha * torch.exp(-step.L) * y
+            total = total + step.E[k] * (weight * math.factorial(k)) * (other - g)
+    return total
 
 
-def _given_ems(ems: EMS | str | Path, process: Process) -> EMS:
+def _given_ems(ems: EMS | str | Path) -> EMS:
     statistics = load_ems(ems) if isinstance(ems, str | Path) else ems
     if not isinstance(statistics, EMS):
         raise UserError(f"ems={ems!r} must be an EMS or the path of one; `smalti ems RUN` writes RUN/ems.npz")
-    if statistics.process != process.name:
-        raise UserError(f"ems is of process {statistics.process!r}: it says nothing about {process.name!r}")
     return statistics
 
 
@@ -84,14 +86,17 @@ def dpm_solver_v3(
     corrector: bool = True,
     lower_order_final: bool = True,
     pseudo: bool = False,
+    variant: str = "corrected",
 ) -> Plan:
     """DPM-Solver-v3, one call a step. Source: Zheng et al. 2023, section 3, and its code.
 
-    ems: the network's statistics, or the file that `smalti ems` wrote. order 1 to 3: the paper takes 3 without labels
-    and 2 with guidance. corrector: each step once more with the estimate at its end in the place of the oldest; the
-    order is the same, the error smaller at few steps. pseudo: derivatives by divided differences, for about 5 steps.
+    ems: the network's statistics, or the file that `smalti ems` wrote. order: of the predictor, 1 to 3. corrector:
+    each step once more with the estimate at its end, which raises the order by one; the network is not called again
+    at the corrected point. pseudo: the predictor's derivatives by divided differences, for about 5 steps.
+    variant "published": the corrector drops the oldest estimate for the new one and so keeps the predictor's order,
+    and the first-order first step, whose error of h^2 holds the whole at second order, is left as it is.
     The statistics are read between their nodes, where the paper's code rounds the times to them.
-    Raises UserError for an order that is none of these, fewer steps than the order, and statistics of another process.
+    Raises UserError for an order that is none of these, fewer steps than the order, and statistics that overflow.
     """
     if isinstance(order, bool) or order not in (1, 2, 3):
         raise UserError(f"order={order!r} must be 1, 2 or 3")
@@ -99,14 +104,14 @@ def dpm_solver_v3(
         raise UserError(f"pseudo={pseudo!r} must be True or False")
     if len(times) - 1 < order:
         raise UserError(f"num_inference_steps={len(times) - 1}: dpm_solver_v3 of order={order} needs at least {order}")
-    statistics = _given_ems(ems, process)
-    corrector = corrector and order > 1  # at first order there is no estimate to replace
-    history = ("h1", "h2")[: order - 1]
-    draft = PlanDraft("dpm_solver_v3", process, ("x", *(["anchor"] if corrector else []), *history))
+    statistics, published = _given_ems(ems), is_published(variant)
+    # The corrector takes back what the predictor made of its oldest estimate, so that one is kept too.
+    history = ("h1", "h2", "h3")[: order if corrector else order - 1]
+    draft = PlanDraft("dpm_solver_v3", process, ("x", *history))
     shape = tuple(statistics.l.shape[1:])
     nodes = nodes_of(process, times)
     steps = [
-        ems_integrals(statistics, s.log_snr, t.log_snr, order) if is_finite_step(s, t) else None
+        ems_integrals(statistics, s.log_snr, t.log_snr, order + corrector) if is_finite_step(s, t) else None
         for s, t in itertools.pairwise(nodes)
     ]
     x, x0 = draft.affine_symbol("x", shape), draft.affine_symbol("x0", shape)
@@ -124,24 +129,32 @@ def dpm_solver_v3(
     for i, (s, t) in enumerate(itertools.pairwise(nodes)):
         known = math.isfinite(s.log_snr)
         l = statistics.at(torch.tensor([s.log_snr], dtype=torch.float64))[0][0] if known else torch.ones(shape)  # noqa: E741
-        y = x / s.alpha if known else torch.zeros_like(x)
-        f, start = (1 - l) * y - x0, x
+        f, start = ((1 - l) * x / s.alpha if known else 0 * x) - x0, x
+        now = multistep_order(nodes, i, order, lower_order_final)
+        if corrector:
+            corrected_order = last_order if published else last_order + 1
+        else:
+            # As dpmpp_3m mends its first step.
+            corrected_order = 2 if order == 3 and now > last_order == 1 and not published else 1
         before = steps[i - 1] if i else None
-        if corrector and last_order > 1 and before is not None:
-            # The step that led here once more, with f here relative to where it began.
+        if before is not None and corrected_order > 1:
+            # f here, relative to where the step that led here began.
             g_here = torch.exp(-before.S) * f
             g_here[-1] = g_here[-1] - before.B
-            others = [(g_here, s), *earlier(i - 1, last_order - 2, past[1:])]
-            start = _update(nodes[i - 1], s, draft.affine_symbol("anchor", shape), before, past[0], others, False)
-        now = multistep_order(nodes, i, order, lower_order_final)
+            predicted_with = earlier(i - 1, last_order - 1, past[1:])
+            corrected_with = [(g_here, s), *earlier(i - 1, corrected_order - 2, past[1:])]
+            predicted = _curved_part(nodes[i - 1], before, past[0], predicted_with, pseudo)
+            corrected = _curved_part(nodes[i - 1], before, past[0], corrected_with, pseudo=False)
+            start = x + s.alpha * torch.exp(-before.L) * (predicted - corrected)
         step = steps[i]
         if step is None:
             # Where lambda is infinite: DDIM, with the estimate that belongs to the corrected x.
             weight_x, weight_x0 = ddim_weights(s, t)
             row = weight_x * start + weight_x0 * (((1 - l) * start / s.alpha - f) if known else x0)
         else:
-            row = _update(s, t, start, step, f, earlier(i, now - 1, past), pseudo)
-        rows = {"x": row, **({"anchor": start} if corrector else {}), **dict(zip(history, [f, *past], strict=False))}
-        draft.affine_call(s.t, t.t, now, rows)
+            y = start / s.alpha - step.E[0] * f - _curved_part(s, step, f, earlier(i, now - 1, past), pseudo)
+            y[-1] = y[-1] - step.C
+            row = t.alpha * torch.exp(-step.L) * y
+        draft.affine_call(s.t, t.t, now, {"x": row, **dict(zip(history, [f, *past], strict=False))})
         last_order = now
     return draft.finish()
