@@ -321,3 +321,29 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line(run, tmp_path, c
     assert code == 2
     assert "does not fit this config" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_ems_measures_what_dpm_solver_v3_samples_with(run, tmp_path, capsys):
+    file = tmp_path / "ems.npz"
+    code, said, _ = called(
+        capsys, "ems", run, "--num-images", 6, "--num-nodes", 3, "--batch-size", 4, "--out", file, "--seed", 1
+    )
+    assert code == 0
+    assert f"ems={file}" in said
+    options = [
+        "--solver",
+        "dpm_solver_v3",
+        "--num-inference-steps",
+        3,
+        "--class-labels",
+        0,
+        "--num-images-per-label",
+        1,
+    ]
+    out = tmp_path / "samples"
+    code, _, _ = called(capsys, "sample", run, *options, "--solver-options", f"ems={file}", "order=2", "--out", out)
+    assert code == 0
+    assert (out / "00000.png").exists()
+    code, _, complaint = called(capsys, "sample", run, *options, "--out", out)
+    assert code == 2
+    assert "smalti ems" in complaint

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from needed_options import needed_options
 from training_runs import tiny_config
 
 from smalti.models import build_model
@@ -71,7 +72,7 @@ def test_a_mixed_batch_shares_its_forwards(pipe):
 
 @pytest.mark.parametrize("solver", solver_names())
 def test_every_solver_draws_from_a_pipeline(pipe, solver):
-    picture = pipe([5], solver=solver, num_inference_steps=4).tensor
+    picture = pipe([5], solver=solver, num_inference_steps=4, **needed_options(solver)).tensor
     assert torch.isfinite(picture).all()
 
 

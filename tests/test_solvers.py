@@ -6,6 +6,7 @@ import torch
 from gaussian import GaussianDenoiser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needed_options import needed_options
 
 from smalti import rng
 from smalti.diffusion import make_process, process_names
@@ -78,6 +79,7 @@ def test_every_plan_is_finite_and_ends_on_the_estimate(
     process, entry = make_process(process_name), solver_entry(solver)
     steps = max(steps, entry.min_steps)
     options = {"lower_order_final": lower_order_final} if "lower_order_final" in entry.options else {}
+    options |= needed_options(solver)
     if "last_step" in entry.options:
         options["last_step"] = "tweedie"  # the default, SiT's, leaves what its drift does not reach
     arguments = {"process": process, "num_inference_steps": steps, "spacing": spacing, "t_start": t_start, **options}
@@ -172,10 +174,8 @@ DETERMINISTIC = [name for name in solver_names() if solver_entry(name).kind == "
 
 @pytest.mark.parametrize("solver", [name for name in DETERMINISTIC if solver_entry(name).order > 1])
 def test_every_higher_order_solver_can_end_at_lower_order(solver):
-    plans = [
-        make_plan(solver, process=make_process("vp_cosine"), num_inference_steps=6, t_end=0.1, lower_order_final=lower)
-        for lower in (False, True)
-    ]
+    common = {"process": make_process("vp_cosine"), "num_inference_steps": 6, "t_end": 0.1, **needed_options(solver)}
+    plans = [make_plan(solver, lower_order_final=lower, **common) for lower in (False, True)]
     full, lowered = (plan.orders[-1] for plan in plans)
     assert lowered < full or solver in ("dpm_solver_2", "dpmpp_2s")  # 6 calls are 3 whole steps of order 2
     assert full >= 2

@@ -16,6 +16,7 @@ from smalti.cli_arguments import (
     Adapt,
     Completion,
     Convert,
+    Ems,
     Eval,
     Explain,
     Export,
@@ -288,6 +289,37 @@ def _tune(command: Tune) -> int:
     return 0
 
 
+def _ems(command: Ems) -> int:
+    from smalti.evaluation.ems import estimate_run_ems
+    from smalti.run_folder import RunFolder
+    from smalti.sampling.ems import save_ems
+    from smalti.training.memory import keep_freed_memory
+
+    _set_threads(command.threads)
+    keep_freed_memory()
+    with _progress_bar("measuring") as progress:
+        ems = estimate_run_ems(
+            command.run,
+            num_images=command.num_images,
+            num_nodes=command.num_nodes,
+            guidance_scale=command.guidance_scale,
+            secant_width=command.secant_width,
+            seed=command.seed,
+            batch_size=command.batch_size,
+            checkpoint=command.checkpoint,
+            progress=progress,
+        )
+    out = command.out or RunFolder(command.run).ems
+    save_ems(ems, out)
+    scale = ems.origin.guidance_scale
+    print(f"statistics of {ems.origin.checkpoint} at guidance {scale:g}: {out}")
+    print(
+        f"use them: smalti sample {command.run} --solver dpm_solver_v3 --solver-options ems={out} "
+        f"--num-inference-steps 8 --guidance-scale {scale:g}"
+    )
+    return 0
+
+
 def _info(command: Info) -> int:
     from smalti.describe import describe
 
@@ -309,6 +341,7 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Eval: _eval,
     Explain: _explain,
     Tune: _tune,
+    Ems: _ems,
     Convert: convert_command,
     Export: export_command,
     Adapt: adapt_command,

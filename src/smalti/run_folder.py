@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def ems(self) -> Path:
+        """The network's statistics for DPM-Solver-v3, where they have been measured."""
+        return self.path / "ems.npz"
+
+    @property
     def metrics(self) -> Path:
         """Losses by step."""
         return self.path / "metrics.jsonl"

@@ -6,6 +6,7 @@ Every setting draws the same labels from the same seeds, so that settings differ
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class Setting:
     spacing: str
     guidance_scale: float
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    solver_options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,11 @@ class TuneResult:
         interval = ""
         if s.guidance_interval != (0.0, 1.0):
             interval = " --guidance-interval {:g} {:g}".format(*s.guidance_interval)
+        options = "".join(f" {name}={value}" for name, value in s.solver_options)
         return (
             f"smalti sample {run} --solver {s.solver} --num-inference-steps {s.num_inference_steps} "
             f"--spacing {s.spacing} --guidance-scale {s.guidance_scale:g}{interval}"
+            + (f" --solver-options{options}" if options else "")
         )
 
 
@@ -100,6 +104,7 @@ class _Judging:
             guidance_scale=setting.guidance_scale,
             guidance=replace(self.pipe.config.sampling.guidance, interval=setting.guidance_interval),
             batch_size=100,
+            **dict(setting.solver_options),
         )
         features, predicted = judge_features(self.judge, output.tensor)
         accuracy = float((predicted == labels).double().mean())
@@ -107,11 +112,11 @@ class _Judging:
         return Score(setting, output.plan.num_calls, num_images, accuracy, frechet)
 
 
-def steps_for_calls(pipe: Pipeline, solver: str, spacing: str, calls: int) -> int | None:
+def steps_for_calls(pipe: Pipeline, solver: str, spacing: str, calls: int, **solver_options: Any) -> int | None:
     """The most steps of a solver that cost at most `calls` network calls; None where it cannot run on them."""
     for steps in range(calls, 0, -1):
         try:
-            plan = pipe.plan(steps, solver, spacing)
+            plan = pipe.plan(steps, solver, spacing, **solver_options)
         except UserError:
             return None
         if plan.num_calls <= calls:
@@ -119,16 +124,24 @@ def steps_for_calls(pipe: Pipeline, solver: str, spacing: str, calls: int) -> in
     return None
 
 
-def candidates(pipe: Pipeline, calls: int) -> list[Setting]:
-    """Every setting of the search at a number of network calls that the run's process allows."""
+def candidates(pipe: Pipeline, calls: int, ems: Path | None = None) -> list[Setting]:
+    """Every setting of the search at a number of network calls that the run's process allows.
+
+    ems: the network's statistics, with which DPM-Solver-v3 is among them.
+    """
+    solvers: list[tuple[str, dict[str, Any]]] = [(solver, {}) for solver in _SOLVERS]
+    if ems is not None:
+        solvers.append(("dpm_solver_v3", {"ems": str(ems)}))
     settings = []
-    for solver in _SOLVERS:
+    for solver, options in solvers:
         for spacing in _SPACINGS:
-            steps = steps_for_calls(pipe, solver, spacing, calls)
+            steps = steps_for_calls(pipe, solver, spacing, calls, **options)
             if steps is None:
                 continue
             for scale in sorted({*_SCALES, pipe.config.sampling.guidance_scale}):
-                settings += [Setting(solver, steps, spacing, scale, interval) for interval in _INTERVALS]
+                settings += [
+                    Setting(solver, steps, spacing, scale, interval, tuple(options.items())) for interval in _INTERVALS
+                ]
     return settings
 
 
@@ -148,6 +161,7 @@ def tune_run(
 ) -> TuneResult:
     """Search at `budget` network calls, then run the best few settings at fewer; writes RUN/tune.json and RUN/tune.png.
 
+    DPM-Solver-v3 is tried where RUN/ems.npz is there, see evaluation.ems.
     progress(done, total) counts network calls times pictures. Raises UserError for a budget below 2, for num_images
     below 100, and where the run does not draw digits conditionally.
     """
@@ -161,7 +175,8 @@ def tune_run(
     judge = load_judge()
     real = judge_features(judge, to_signed_unit(load_digits()[1].images))[0].double().numpy()
     judging = _Judging(pipe, judge, real, seed)
-    settings, images = candidates(pipe, budget), _FIRST_IMAGES
+    ems = RunFolder(run).ems
+    settings, images = candidates(pipe, budget, ems if ems.exists() else None), _FIRST_IMAGES
     counts = frontier_calls(budget)
     own_setting = _own_setting(pipe)
     rounds = _round_sizes(len(settings), num_images)
@@ -187,7 +202,7 @@ def tune_run(
     for calls in counts:
         at_calls = []
         for setting in settings[:3]:
-            steps = steps_for_calls(pipe, setting.solver, setting.spacing, calls)
+            steps = steps_for_calls(pipe, setting.solver, setting.spacing, calls, **dict(setting.solver_options))
             if steps is not None:
                 at_calls.append(measured(replace(setting, num_inference_steps=steps), num_images))
         tried += at_calls

@@ -10,14 +10,15 @@ from smalti.sampling.solvers import solver_entry, solver_names
 
 def _formula(row: Row, names: list[str], per_element: list[str]) -> str:
     terms = [f"{value:+.4g} {name}" for value, name in zip(row, names, strict=True) if value != 0.0]
-    terms += [f"+c {name}" for name in per_element]
+    terms += [f"+c {name}".rstrip() for name in per_element]
     return " ".join(terms).removeprefix("+") or "0"
 
 
 def plan_table(plan: Plan) -> Table:
     """Each network call: t, lambda, sigma, SNR, order, and the new registers as formulas of the old ones.
 
-    "c" stands for a coefficient of each element's own, "z v" for noise whose variance the network has learned.
+    "c" stands for a coefficient of each element's own, or alone for its constant;
+    "z v" for noise whose variance the network has learned.
     """
     table = Table(
         title=f"{plan.solver} on {plan.process.name}: {plan.num_calls} network calls"
@@ -36,6 +37,8 @@ def plan_table(plan: Plan) -> Table:
     per_element: dict[tuple[int, int], list[str]] = {}
     for call, i, place in sorted(plan.elements):
         per_element.setdefault((call, i), []).append(names[place])
+    for call, i in plan.offsets:
+        per_element.setdefault((call, i), []).append("")
     for k in range(plan.num_calls):
         table.add_row(
             str(k),

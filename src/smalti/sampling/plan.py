@@ -6,6 +6,7 @@ where the row asks for it, and replaces the registers by linear combinations:
 
     [x, ...registers]  <-  matrix_k [x, ...registers, x0, z]
 
+A plan may be affine: a method with per-element statistics adds constants of its own to a register (Plan.offsets).
 So a plan can be printed, plotted, cached and tested against exact truth, and its state is local: concurrent calls
 are safe, and trajectories with different plans can share one forward pass.
 """
@@ -27,6 +28,7 @@ from smalti.types import Condition, Denoiser, UserError
 
 Row = NDArray[np.float64]  # one linear combination of [registers..., x0, z]
 Terms = tuple[tuple[int, float | Tensor], ...]  # the same, sparse: (column, coefficient)
+AffineRow = Tensor  # per element: float64 [len(columns) + 1, *sample shape], the last entry is a constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,8 @@ class Plan:
     noise_log_ratio [calls]: ln(largest / smallest variance) of the noise; when set, the denoiser's variance logits say
     per element where between the two the variance lies (Nichol and Dhariwal 2021, eq. 15), and z's column holds the
     smallest. elements: (call, row, column) -> tensor of one sample's shape that is added to that entry, for methods
-    whose coefficients differ per element (DPM-Solver-v3).
+    whose coefficients differ per element (DPM-Solver-v3). offsets: (call, row) -> tensor of one sample's shape that is
+    added to that register after the combination, for methods that are affine and not linear in the registers.
     """
 
     solver: str
@@ -53,6 +56,7 @@ class Plan:
     start_row: tuple[float, float] | None = None
     noise_log_ratio: NDArray[np.float64] | None = None
     elements: Mapping[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    offsets: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def num_calls(self) -> int:
@@ -103,6 +107,7 @@ class PlanDraft:
     _orders: list[int] = field(default_factory=list)
     _noise_log_ratios: list[float] = field(default_factory=list)
     _elements: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    _offsets: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -139,6 +144,23 @@ class PlanDraft:
         place = (len(self._times) - 1, self.registers.index(register), self.columns.index(symbol))
         self._elements[place] = coefficient
 
+    def affine_symbol(self, name: str, shape: tuple[int, ...]) -> AffineRow:
+        """A symbol as a row whose coefficients are tensors of one sample's shape, with a constant behind them."""
+        row = torch.zeros(len(self.columns) + 1, *shape, dtype=torch.float64)
+        row[self.columns.index(name)] = 1.0
+        return row
+
+    def affine_call(self, t: float, next_t: float, order: int, rows: Mapping[str, AffineRow]) -> None:
+        """A call of affine rows: the matrix holds each coefficient's mean, elements what an element differs by."""
+        means = {name: row[:-1].reshape(len(row) - 1, -1).mean(1) for name, row in rows.items()}
+        self.call(t, next_t, order, **{name: mean.numpy() for name, mean in means.items()})
+        for name, row in rows.items():
+            for column, coefficient, mean in zip(self.columns, row[:-1], means[name], strict=True):
+                if coefficient.ndim and bool((coefficient != mean).any()):
+                    self.add_element(name, column, coefficient - mean)
+            if bool(row[-1].any()):
+                self._offsets[len(self._times) - 1, self.registers.index(name)] = row[-1]
+
     def finish(self) -> Plan:
         """The plan as drafted."""
         ratios = self._noise_log_ratios
@@ -154,6 +176,7 @@ class PlanDraft:
             self.start_row,
             np.array(ratios) if ratios else None,
             self._elements,
+            self._offsets,
         )
 
 
@@ -227,6 +250,11 @@ class Trajectories:
             sources[i] if terms is None else combine(terms, sources)
             for i, terms in enumerate(self.plan.terms[self.call])
         ]
+        for i in range(len(new)) if self.plan.offsets else ():
+            value, offset = new[i], self.plan.offsets.get((self.call, i))
+            if offset is not None:
+                assert value is not None
+                new[i] = value + offset.to(value)
         assert new[0] is not None
         self.x, self._kept = new[0], new[1:]
         self.call += 1
@@ -242,6 +270,13 @@ def _check_start(x: Tensor, seeds: Tensor) -> None:
             f"seeds has shape {tuple(seeds.shape)} and dtype {seeds.dtype}: "
             f"one seed a sample is needed, int64 ({len(x)},)"
         )
+
+
+def _check_elements(plan: Plan, shape: tuple[int, ...]) -> None:
+    for values in (plan.elements, plan.offsets):
+        wrong = next((tuple(v.shape) for v in values.values() if v.ndim and tuple(v.shape) != shape), None)
+        if wrong is not None:
+            raise UserError(f"x has samples of shape {shape}: the coefficients of {plan.solver!r} are of shape {wrong}")
 
 
 def _rows_of(cond: Condition, rows: Tensor) -> Condition:
@@ -285,6 +320,7 @@ def run_plans(
         members.setdefault(plan, []).append(row)
     live = []
     for plan, places in members.items():
+        _check_elements(plan, tuple(x.shape[1:]))
         rows = torch.tensor(places, device=x.device)
         whole = len(members) == 1
         live.append(Trajectories(plan, rows, seeds if whole else seeds[rows], x if whole else x[rows]))

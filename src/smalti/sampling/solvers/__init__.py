@@ -6,8 +6,8 @@ back to first order, whose coefficients stay finite.
 """
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from smalti.sampling.grids import explicit_grid, time_grid
 from smalti.sampling.plan import Plan
 from smalti.sampling.solvers.ancestral import ddim, ddpm
 from smalti.sampling.solvers.consistency import consistency, lcm
+from smalti.sampling.solvers.dpm_solver_v3 import dpm_solver_v3
 from smalti.sampling.solvers.edm import edm_euler, edm_heun
 from smalti.sampling.solvers.flow import flow_euler, flow_heun, flow_midpoint, flow_rk4
 from smalti.sampling.solvers.interpolant import sde_euler, sde_heun
@@ -34,7 +35,8 @@ class SolverEntry:
 
     order: of convergence, for a solver of kind "ode"; of the drift, for "sde" (solvers that draw noise by default).
     spacing: its default. calls_per_step: network calls that one of num_inference_steps costs. min_steps: the least
-    num_inference_steps. options: what make_plan passes on to build.
+    num_inference_steps. options: what make_plan passes on to build. needs: those of them that must be given, each with
+    what the user is to do for it.
     """
 
     build: Callable[..., Plan]
@@ -46,6 +48,7 @@ class SolverEntry:
     calls_per_step: int = 1
     min_steps: int = 1
     in_t: bool = False  # steps in t by alpha' and sigma': may start at pure noise, needs continuous time
+    needs: Mapping[str, str] = field(default_factory=dict)
     last_step_size: float | None = None  # length of the last step into t = 0, where the solver has its own
 
 
@@ -79,6 +82,11 @@ _SOLVERS: dict[str, SolverEntry] = {
     ),
     "dpmpp_sde_3m": SolverEntry(
         dpmpp_sde_3m, 3, "lambda", "stochastic 3M, one call a step", (*_FINAL, "variant"), "sde", min_steps=3
+    ),
+    "dpm_solver_v3": SolverEntry(
+        dpm_solver_v3, 3, "lambda", "multistep with the network's own statistics, see `smalti ems`",
+        ("ems", "order", "corrector", *_FINAL, "pseudo", "variant"), min_steps=2,
+        needs={"ems": "`smalti ems RUN` writes it to RUN/ems.npz"},
     ),
     "unipc_2": SolverEntry(
         unipc_2, 3, "lambda", "predictor of order 2 with its corrector", (*_FINAL, "bh", "corrector"), min_steps=2
@@ -120,6 +128,9 @@ def solver_entry(name: str) -> SolverEntry:
 
 
 def _check_options(name: str, entry: SolverEntry, options: dict[str, Any]) -> None:
+    for option, how in entry.needs.items():
+        if options.get(option) is None:
+            raise UserError(f"{option} is missing: solver {name!r} needs it; {how}")
     for option, value in options.items():
         if option not in entry.options:
             near = difflib.get_close_matches(option, entry.options, n=1, cutoff=0.5)

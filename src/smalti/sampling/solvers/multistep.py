@@ -12,6 +12,7 @@ from smalti.sampling.solvers.nodes import (
     Node,
     data_step,
     is_finite_step,
+    is_published,
     multistep_order,
     nodes_of,
 )
@@ -82,12 +83,6 @@ def _multistep(
     return draft.finish()
 
 
-def _is_published(variant: str) -> bool:
-    if variant not in ("corrected", "published"):
-        raise unknown_name("variant", variant, ("corrected", "published"))
-    return variant == "published"
-
-
 def dpmpp_2m(
     process: Process, times: NDArray[np.float64], *, lower_order_final: bool = True, solver_type: str = "midpoint"
 ) -> Plan:
@@ -107,7 +102,7 @@ def dpmpp_3m(
     variant "corrected" extrapolates the quadratic exactly and is of third order; "published" is the code's, which
     every library copies: its second difference lacks a factor 2, and it is of second order.
     """
-    return _multistep("dpmpp_3m", process, times, 3, lower_order_final, published=_is_published(variant))
+    return _multistep("dpmpp_3m", process, times, 3, lower_order_final, published=is_published(variant))
 
 
 def dpmpp_sde_1(process: Process, times: NDArray[np.float64]) -> Plan:
@@ -129,5 +124,5 @@ def dpmpp_sde_3m(
 
     variant "published" is k-diffusion's dpmpp_3m_sde, which takes half of the second difference.
     """
-    published = _is_published(variant)
+    published = is_published(variant)
     return _multistep("dpmpp_sde_3m", process, times, 3, lower_order_final, published=published, sde=True)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
 from smalti.sampling.plan import PlanDraft, Row
+from smalti.types import unknown_name
 
 
 @dataclass(frozen=True)
@@ -122,3 +123,10 @@ def multistep_order(nodes: list[Node], i: int, order: int, lower_order_final: bo
     # DPM-Solver++'s code: the last steps fall to second and first order.
     remaining = len(nodes) - 1 - i if lower_order_final else order
     return min(order, usable, remaining)
+
+
+def is_published(variant: str) -> bool:
+    """Whether a solver is to be as its paper's code has it, flaws kept. Raises UserError for an unknown variant."""
+    if variant not in ("corrected", "published"):
+        raise unknown_name("variant", variant, ("corrected", "published"))
+    return variant == "published"
