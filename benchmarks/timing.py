@@ -91,10 +91,14 @@ def machine(threads: int) -> dict[str, object]:
     }
 
 
-def write_row(name: str, row: dict[str, object]) -> None:
-    """Append a row to benchmarks/results/NAME.jsonl and print it."""
-    path = Path(__file__).parent / "results" / f"{name}.jsonl"
-    path.parent.mkdir(exist_ok=True)
+def append_row(path: Path, row: dict[str, object]) -> None:
+    """Append a row to a JSONL file, whose folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def write_row(name: str, row: dict[str, object]) -> None:
+    """Append a row to benchmarks/results/NAME.jsonl and print it."""
+    append_row(Path(__file__).parent / "results" / f"{name}.jsonl", row)
     print(json.dumps(row, indent=1))

@@ -26,6 +26,7 @@ FLOORS = [
     ["recipes"],
     ["describe"],
     ["cli_arguments"],
+    ["cli_weights"],
     ["cli"],
     ["__main__"],
 ]

@@ -13,21 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training_runs import TINY, tiny_config
+from training_runs import TINY
 
 from smalti.cli import main
-from smalti.training.display import PlainDisplay
-from smalti.training.loop import train
 
 SMALTI = [sys.executable, "-m", "smalti"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A tiny trained run."""
-    path = tmp_path_factory.mktemp("runs") / "tiny"
-    train(tiny_config(6), path, display=PlainDisplay(1e9))
-    return path
+def run(trained_run):
+    return trained_run
 
 
 def called(capsys, *arguments):
@@ -103,6 +98,9 @@ def test_sample_writes_pictures_grid_and_manifest_that_draw_again(run, tmp_path,
         (["sample", "RUN", "--solver-options", "eta"], "name=value"),
         (["sample", "RUN", "--strength", "0.5"], "--image"),
         (["sample", "RUN", "--image", "nowhere.png"], "--image nowhere.png"),
+        (["eval", "RUN", "--process", "emd"], "edm"),
+        (["eval", "RUN", "--guidance-interval", "0.9", "0.1"], "interval=(0.9, 0.1)"),
+        (["eval", "nowhere"], "there is no run at nowhere"),
         (["sample", "RUN", "--process", "emd"], "edm"),
         (["tune", "RUN", "--budget", "1"], "budget=1"),
         (["sample", "RUN", "--num-images-per-label", "0"], "at least 1"),

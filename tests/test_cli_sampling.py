@@ -1,28 +1,27 @@
 """The sampling commands beyond the plain call: options, editing, explaining, tuning."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
-from training_runs import tiny_config
 
 from smalti.cli import main
+from smalti.data.digits import load_digits, to_signed_unit
 from smalti.diffusion import make_process
+from smalti.evaluation.frechet import frechet_distance
+from smalti.evaluation.judge import Judge, judge_features
 from smalti.evaluation.tune import candidates, frontier_calls, steps_for_calls, tune_run
 from smalti.pipeline import load
-from smalti.sampling import make_plan, solver_names
+from smalti.sampling import GuidanceOptions, make_plan, solver_names
 from smalti.sampling.plot import plot_plan
-from smalti.training.display import PlainDisplay
-from smalti.training.loop import train
 from smalti.types import UserError
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "tiny"
-    train(tiny_config(6), path, display=PlainDisplay(1e9))
-    return path
+def run(trained_run):
+    return trained_run
 
 
 def called(*arguments):
@@ -64,6 +63,34 @@ def test_sample_edits_a_picture(run, tmp_path):
     assert rows_of(out)[0]["strength"] == 0.4
 
 
+def test_eval_judges_the_samples_that_its_flags_ask_for(trained_run, tmp_path, capsys, monkeypatch):
+    """With a judge of random weights: what is judged is the point here."""
+    torch.manual_seed(0)
+    judge = Judge().eval()
+    monkeypatch.setattr("smalti.evaluation.digits.load_judge", lambda progress: judge)
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    arguments = [
+        "eval", run, "--num-images", 100, "--process", "edm", "--solver", "edm_heun", "--num-inference-steps", 2,
+        "--solver-options", "s_churn=1", "--guidance-scale", 3,
+    ]  # fmt: skip
+    distances = []
+    for interval in ([], ["--guidance-interval", 0.2, 0.9]):
+        assert called(*arguments, *interval) == 0
+        distances.append(json.loads((run / "evaluation.json").read_text())["frechet"]["value"])
+        said = capsys.readouterr().out
+        assert "edm_heun on edm, 3 network calls, guidance 3" in said
+        assert ("interval (0.2, 0.9)" in said) == bool(interval)
+    assert distances[0] != distances[1]
+    pipe = load(run).on_process("edm")
+    guidance = GuidanceOptions(interval=(0.2, 0.9))
+    labels = [i % 10 for i in range(100)]
+    drawn = pipe(labels, num_inference_steps=2, solver="edm_heun", guidance_scale=3.0, guidance=guidance, s_churn=1)
+    features, _ = judge_features(judge, drawn.tensor)
+    real, _ = judge_features(judge, to_signed_unit(load_digits()[1].images))
+    expected = frechet_distance(features.double().numpy(), real.double().numpy())
+    assert distances[1] == pytest.approx(expected, rel=1e-3)
+
+
 def test_explain_lists_every_solver_and_draws_a_plan(tmp_path, capsys):
     assert called("explain", "--solver", "list") == 0
     said = capsys.readouterr().out
@@ -92,8 +119,8 @@ def test_the_search_spends_no_more_than_the_calls_given(run):
 
 
 @pytest.mark.slow
-def test_tune_prints_a_frontier_and_a_command_that_runs(run, tmp_path):
-    torch.manual_seed(0)
+def test_tune_prints_a_frontier_and_a_command_that_runs(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
     result = tune_run(run, budget=3, num_images=100)
     assert [s.network_calls for s in result.frontier] == sorted(s.network_calls for s in result.frontier)
     assert all(s.network_calls <= 3 for s in result.frontier)

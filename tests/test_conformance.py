@@ -1,79 +1,20 @@
 """Every solver against a mixture of Gaussians with exact score: orders of the deterministic, moments of the others."""
 
-import numpy as np
 import pytest
 import torch
+from convergence import CASES, DriftDenoiser, measured_orders, mixture, scaled_start, time_range, truth
 from gaussian import GaussianDenoiser, MixtureDenoiser
 
-from smalti import rng
-from smalti.diffusion import make_process, process_names
-from smalti.sampling import make_plan, run_plan, run_plans, solver_names
-from smalti.sampling.solvers import solver_entry
+from smalti.diffusion import make_process
+from smalti.sampling import make_plan, run_plan
 
-PROCESSES = [name for name in ("rectified_flow", "vp_linear", "vp_cosine", "gvp", "edm") if name in process_names()]
-PLANE = torch.tensor([[0.9, 0.2], [-0.5, 0.6], [0.1, -0.8]], dtype=torch.float64)
+PROCESSES = ["rectified_flow", "vp_linear", "vp_cosine", "gvp", "edm"]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread(_two_threads):
     """Small tensors and many calls: a second thread is only waited for."""
     torch.set_num_threads(1)
-
-
-# (solver, options, order): each solver of kind "ode" by its default, then its variants. The order is the registry's
-# unless the variant's is another.
-VARIANTS = [
-    ("dpm_solver_3", {"solver_type": "taylor"}, 3),
-    ("dpmpp_2s", {"solver_type": "heun"}, 2),
-    ("dpmpp_3s", {"solver_type": "dpmsolver"}, 3),
-    ("dpmpp_2m", {"solver_type": "heun"}, 2),
-    ("dpmpp_3m", {"variant": "published"}, 2),  # its second difference lacks a factor 2
-    ("unipc_2", {"bh": "bh1"}, 3),
-    ("unipc_3", {"bh": "bh1"}, 4),
-    ("unipc_2", {"corrector": False}, 2),
-]
-DETERMINISTIC = [
-    *((name, {}, solver_entry(name).order) for name in solver_names() if solver_entry(name).kind == "ode"),
-    *VARIANTS,
-]
-
-
-def mixture(process, dimensions):
-    """Three modes in the plane, four in 64 dimensions: apart, but no switch for a solver's step to jump over."""
-    if dimensions == 2:
-        return MixtureDenoiser(process, PLANE, 0.4)
-    means = 0.25 * rng.normal((dimensions,), seed=torch.arange(4), purpose="means", dtype=torch.float64)
-    return MixtureDenoiser(process, means, 0.5)
-
-
-def time_range(process):
-    """The same range of log-SNR on every process: lambda from -2.5 to 2.5."""
-    return process.t_of_log_snr(torch.tensor([-2.5, 2.5], dtype=torch.float64)).tolist()
-
-
-def start(dimensions):
-    return rng.normal((dimensions,), seed=torch.arange(8), purpose="conformance", dtype=torch.float64)
-
-
-def scaled_start(process, t, dimensions):
-    t = torch.tensor([t], dtype=torch.float64)
-    return torch.sqrt(process.alpha(t) ** 2 * 0.3 + process.sigma(t) ** 2) * start(dimensions)
-
-
-def slope(errors):
-    """Fitted order from errors at steps n, 2n, 4n, ..."""
-    return -np.polyfit(np.arange(len(errors)), np.log2(errors), 1)[0]
-
-
-def plan_of(name, process, steps, **options):
-    t_start, t_end = time_range(process)
-    if "lower_order_final" in solver_entry(name).options:
-        options["lower_order_final"] = False
-    return make_plan(name, process=process, num_inference_steps=steps, t_start=t_start, t_end=t_end, **options)
-
-
-def truth(denoiser, x):
-    return run_plan(plan_of("flow_rk4", denoiser.process, 500, spacing="lambda"), denoiser, x)
 
 
 @pytest.mark.parametrize("process_name", PROCESSES)
@@ -83,29 +24,39 @@ def test_truth_is_true(process_name):
     mean, variance = torch.tensor([[0.7, -0.3], [0.09, 0.5]], dtype=torch.float64)
     denoiser = GaussianDenoiser(process, mean, variance)
     t_start, t_end = time_range(process)
-    x = scaled_start(process, t_start, 2)
+    x = scaled_start(process, 2)
     exact = denoiser.exact_flow(x, t_start, t_end)
-    assert (truth(denoiser, x) - exact).abs().max() < 1e-9
+    assert (truth(denoiser, process, x) - exact).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("process_name", ["rectified_flow", "vp_linear", "edm"])
+@pytest.mark.parametrize("form", ["sbdm", "sigma"])
+def test_drift_is_the_flow_and_half_the_diffusion_times_the_score(process_name, form):
+    """The denoiser whose flow is an SDE's drift, against SiT's drift written out: -v + D score, backwards in t."""
+    process = make_process(process_name)
+    denoiser = mixture(process, 2)
+    t = torch.full((8,), 0.4, dtype=torch.float64)
+    x = scaled_start(process, 2)
+    alpha, sigma, alpha_dot, sigma_dot = (
+        f(t[:1]) for f in (process.alpha, process.sigma, process.alpha_dot, process.sigma_dot)
+    )
+    x0 = denoiser(x, t)
+    eps = (x - alpha * x0) / sigma
+    diffusion = sigma * sigma_dot - alpha_dot / alpha * sigma**2 if form == "sbdm" else sigma
+    expected = alpha_dot * x0 + sigma_dot * eps + diffusion / sigma * eps
+    estimate = DriftDenoiser(denoiser, form == "sbdm")(x, t)
+    flow = alpha_dot * estimate + sigma_dot * (x - alpha * estimate) / sigma
+    torch.testing.assert_close(flow, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dimensions", [2, 64])
 @pytest.mark.parametrize("process_name", PROCESSES)
 def test_halving_the_step_divides_the_error_by_two_to_the_order(process_name, dimensions):
-    """All solvers and step counts as one batch of mixed plans: one network call a tick for all of them."""
-    process = make_process(process_name)
-    denoiser = mixture(process, dimensions)
-    x = scaled_start(process, time_range(process)[0], dimensions)
-    plans = []
-    for name, options, _ in DETERMINISTIC:
-        steps = (16, 32, 64) if name == "flow_rk4" else (48, 96, 192)
-        plans += [plan_of(name, process, n, **options) for n in steps]
-    ends = run_plans([plan for plan in plans for _ in x], lambda rows: denoiser, x.repeat(len(plans), 1))
-    gaps = ends.reshape(len(DETERMINISTIC), 3, *x.shape) - truth(denoiser, x)
+    """Of solvers that draw noise the drift, against its own flow."""
     wrong = {}
-    for (name, options, order), errors in zip(DETERMINISTIC, gaps.square().mean((2, 3)).sqrt(), strict=True):
-        measured = slope(errors.numpy())
-        if not abs(measured - order) < 0.15 * order:
-            wrong[name, *options.values()] = (order, measured, errors.tolist())
+    for case, (measured, errors) in zip(CASES, measured_orders(make_process(process_name), dimensions), strict=True):
+        if not abs(measured - case.order) < 0.15 * case.order:
+            wrong[str(case)] = (case.order, measured, errors)
     assert not wrong
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import linalg
 
 from smalti.data.digits import load_digits, to_bytes, to_signed_unit
 from smalti.data.order import batch_indices
@@ -10,7 +11,6 @@ from smalti.evaluation.frechet import bootstrap, frechet_distance
 
 
 def test_frechet_equals_the_closed_form_by_scipy():
-    linalg = pytest.importorskip("scipy.linalg", reason="the extra `eval` is not installed")
     generator = np.random.default_rng(0)
     a = generator.normal(size=(300, 12)) @ generator.normal(size=(12, 12))
     b = generator.normal(size=(200, 12)) @ generator.normal(size=(12, 12)) + 0.5

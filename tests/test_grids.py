@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from smalti.diffusion import make_process, process_names
+from smalti.diffusion.timesteps import shift_timesteps
 from smalti.sampling import make_plan
 from smalti.sampling.grids import explicit_grid, spacings, time_grid
 from smalti.types import UserError
@@ -59,11 +60,18 @@ def test_shift_moves_log_snr_exactly_once(process_name, spacing, solver, steps, 
     torch.testing.assert_close(after, before - log_shift, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("k", [0.5, 3.0])
-def test_shift_of_rectified_flow_is_that_of_sd3(k):
-    s = np.linspace(1, 0, 11)
-    times = time_grid(make_process("rectified_flow"), 10, "time", 1.0, shift=k)
-    np.testing.assert_allclose(times, k * s / (1 + (k - 1) * s), rtol=0, atol=1e-12)
+@settings(max_examples=50, deadline=None)
+@given(shift=st.floats(0.1, 20.0), steps=st.integers(2, 50))
+def test_shift_of_rectified_flow_is_that_of_its_training_times(shift, steps):
+    """Through lambda here, by SD3's formula there: one shift."""
+    times = time_grid(make_process("rectified_flow"), steps, "time", 1.0, shift=shift)
+    np.testing.assert_allclose(times, shift_timesteps(np.linspace(1, 0, steps + 1), shift), rtol=0, atol=1e-12)
+
+
+def test_shift_of_rectified_flow_is_that_of_sd3():
+    """SD3 (Esser et al. 2024), eq. 23, at k = 3."""
+    times = time_grid(make_process("rectified_flow"), 4, "time", 1.0, shift=3.0)
+    np.testing.assert_allclose(times, [1.0, 0.9, 0.75, 0.5, 0.0], rtol=0, atol=1e-12)
 
 
 def test_a_shift_without_room_is_refused():

@@ -1,23 +1,21 @@
-"""Guidance against its formulas, diffusers' functions, and guidance done by hand in other prediction spaces."""
+"""Guidance against its formulas, and guidance done by hand in other prediction spaces."""
 
 import math
 import threading
-from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from guidance_examples import PROCESS, SPACES, LabelledDenoiser, dit_inputs, example, random_dit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from smalti.diffusion import NetworkDenoiser, convert_prediction, make_process
-from smalti.models import DiTConfig, build_model
 from smalti.sampling import (
     AdaptiveProjectedGuidance,
     Autoguidance,
     ClassifierFreeGuidance,
     ClippedDenoiser,
-    ConstantScale,
     CosineScale,
     DynamicThreshold,
     IntervalScale,
@@ -28,38 +26,7 @@ from smalti.sampling import (
     perturbed_attention,
 )
 from smalti.sampling.guidance import project
-from smalti.types import Condition, UserError
-
-NULL_LABEL = 10
-SHAPE = (2, 3, 4)  # channels, height, width
-PROCESS = make_process("vp_cosine")
-SPACES = ["eps", "v", "velocity"]
-
-
-@dataclass(frozen=True)
-class LabelledDenoiser:
-    """A denoiser with a pattern of its own a label; it counts the rows of each call."""
-
-    seed: int = 0
-    rows: list[int] = field(default_factory=list)
-
-    def __call__(self, x, t, cond=None):
-        self.rows.append(len(x))
-        table = torch.randn(NULL_LABEL + 1, 2, *SHAPE, generator=torch.Generator().manual_seed(self.seed)).double()
-        gain, offset = table[cond.class_labels].to(x.dtype).unbind(1)
-        return gain * x + offset * t.to(x.dtype)[:, None, None, None]
-
-    def with_variance(self, x, t, cond=None):
-        return self(x, t, cond), cond.class_labels[:, None, None, None].expand_as(x).to(x.dtype)
-
-
-def example(batch=3, seed=0):
-    """x, t, cond, null of a batch."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, *SHAPE, generator=generator, dtype=torch.float64)
-    t = 0.1 + 0.8 * torch.rand(batch, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, NULL_LABEL, (batch,), generator=generator)
-    return x, t, Condition(class_labels=labels), Condition(class_labels=torch.full((batch,), NULL_LABEL))
+from smalti.types import UserError
 
 
 def row(i, x, t, cond):
@@ -111,7 +78,7 @@ def test_guidance_is_affine_in_the_scale(scales, share, seed):
 def test_scale_one_is_the_conditional_estimate(seed, kind):
     x, t, cond, null = example(seed=seed)
     denoiser = LabelledDenoiser(seed)
-    scale = {"number": 1.0, "rows": torch.ones(3), "schedule": ConstantScale(1.0)}[kind]
+    scale = {"number": 1.0, "rows": torch.ones(3), "schedule": torch.ones_like}[kind]
     conditional = denoiser(x, t, cond)
     for guidance in guidances(denoiser, null, scale):
         torch.testing.assert_close(guidance(x, t, cond), conditional, rtol=1e-9, atol=1e-9)
@@ -189,7 +156,6 @@ def test_variance_logits_are_those_of_the_conditional_rows():
 @pytest.mark.parametrize(
     ("schedule", "at_noise", "in_the_middle", "at_data"),
     [
-        (ConstantScale(3.0), 3.0, 3.0, 3.0),
         (LinearScale(1.0, 5.0), 1.0, 3.0, 5.0),
         (CosineScale(1.0, 5.0), 1.0, 3.0, 5.0),
         (CosineScale(0.0, 4.0, power=2.0), 0.0, 4.0 * (1 - math.cos(math.pi / 4)) / 2, 4.0),
@@ -234,23 +200,6 @@ def test_guidance_interval_in_noise_levels(process_name):
 # Rescale
 
 
-@pytest.mark.parametrize("space", ["x0", *SPACES])
-def test_rescaled_guidance_is_that_of_diffusers(space):
-    """diffusers acts on whatever the network predicts, so its function is applied there and taken to x0."""
-    utils = pytest.importorskip("diffusers.guiders.guider_utils")
-    x, t, cond, null = example()
-    denoiser = LabelledDenoiser()
-    conditional, unconditional = (
-        convert_prediction("x0", space, PROCESS, t, x, denoiser(x, t, c)) for c in (cond, null)
-    )
-    for phi in (0.0, 0.7, 1.0):
-        guided = utils.rescale_noise_cfg(unconditional + 6 * (conditional - unconditional), conditional, phi)
-        expected = convert_prediction(space, "x0", PROCESS, t, x, guided)
-        process = None if space == "x0" else PROCESS
-        rescaled = RescaledGuidance(denoiser, null, 6.0, phi, space, process)(x, t, cond)
-        torch.testing.assert_close(rescaled, expected, rtol=1e-9, atol=1e-9)
-
-
 def test_the_space_of_the_rescale_matters():
     x, t, cond, null = example()
     denoiser = LabelledDenoiser()
@@ -272,28 +221,6 @@ def test_full_rescale_has_the_conditional_deviation_and_a_constant_stays_finite(
 
 
 # Adaptive projected guidance
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    scale=st.floats(-1, 12), eta=st.floats(0, 1), threshold=st.one_of(st.none(), st.floats(0.1, 20)),
-    seed=st.integers(0, 1000),
-)  # fmt: skip
-def test_projected_guidance_is_that_of_diffusers_in_the_papers_form(scale, eta, threshold, seed):
-    """The paper adds (w - 1) times the update to the conditional estimate: diffusers' original formulation at w - 1."""
-    reference = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
-    x, t, cond, null = example(seed=seed)
-    denoiser = LabelledDenoiser(seed)
-    expected = reference.normalized_guidance(
-        denoiser(x, t, cond),
-        denoiser(x, t, null),
-        scale - 1,
-        eta=eta,
-        norm_threshold=threshold or 0.0,
-        use_original_formulation=True,
-    )
-    projected = AdaptiveProjectedGuidance(denoiser, null, scale, eta, threshold)(x, t, cond)
-    torch.testing.assert_close(projected, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_projected_guidance_with_all_of_the_parallel_part_is_classifier_free_guidance():
@@ -330,53 +257,12 @@ def test_autoguidance_is_its_formula():
 # Perturbed attention
 
 
-def random_dit(**changes):
-    config = DiTConfig(image_size=(8, 8), in_channels=2, patch_size=2, width=32, depth=3, num_heads=4)
-    model = build_model(replace(config, **changes)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2, generator=generator)
-    return model
-
-
-def dit_inputs(model, batch=2):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, model.config.in_channels, *model.config.image_size, generator=generator)
-    return x, 1000 * torch.rand(batch, generator=generator), Condition(class_labels=torch.arange(batch))
-
-
 def test_identity_attention_equals_a_hand_computation():
     attn = random_dit(qk_norm=True).double().blocks[0].attn
     tokens = torch.randn(2, 16, 32, dtype=torch.float64)
     values = tokens @ attn.qkv.weight[64:].T + attn.qkv.bias[64:]
     expected = values @ attn.out.weight.T + attn.out.bias
     torch.testing.assert_close(attn.as_identity_map()(tokens), expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("layers", [(0,), (1, 2), (0, 1, 2)])
-def test_identity_attention_is_that_of_diffusers(layers):
-    """diffusers replaces scaled_dot_product_attention by its values; smalti calls that from 257 tokens on."""
-    hooks = pytest.importorskip("diffusers.hooks.layer_skip")
-    model = random_dit(image_size=(36, 36), positions="sincos+rope").double()
-    x, t, cond = dit_inputs(model)
-    x, t = x.double(), t.double()
-
-    class Skipping(nn.Module):
-        def __init__(self, attn):
-            super().__init__()
-            self.attn = attn
-
-        def forward(self, *args):
-            with hooks.AttentionScoreSkipFunctionMode():
-                return self.attn(*args)
-
-    view = model.with_identity_attention(layers)(x, t, cond)
-    untouched = model(x, t, cond)
-    for layer in layers:
-        model.blocks[layer].attn = Skipping(model.blocks[layer].attn)
-    torch.testing.assert_close(view, model(x, t, cond), rtol=1e-6, atol=1e-6)
-    assert (view - untouched).abs().max() > 1e-2
 
 
 def test_the_view_shares_all_weights_and_leaves_the_network_alone():

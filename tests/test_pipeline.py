@@ -3,23 +3,16 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from random_pipeline import random_pipeline
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return random_pipeline()
-
-
-def test_calls_from_eight_threads_give_the_bytes_of_calls_in_turn(pipe):
+def test_calls_from_eight_threads_give_the_bytes_of_calls_in_turn(trained_pipeline):
     solvers = ["dpmpp_2m", "ddim", "ddpm", "flow_euler"]
 
     def call(i):
-        return pipe(
+        return trained_pipeline(
             [i % 10, (i + 3) % 10],
             seed=i,
             solver=solvers[i % 4],
@@ -35,12 +28,11 @@ def test_calls_from_eight_threads_give_the_bytes_of_calls_in_turn(pipe):
 
 
 @pytest.mark.slow
-def test_a_compiled_pipeline_is_one_graph_and_serves_every_guidance_scale():
+def test_a_compiled_pipeline_is_one_graph_and_serves_every_guidance_scale(trained_run):
     """In a process of its own: the run-time shape checks of these tests are nothing to compile."""
     script = """
-import torch
-from random_pipeline import random_pipeline
-pipe = random_pipeline()
+import sys, torch, smalti
+pipe = smalti.load(sys.argv[1])
 compiled = pipe.compiled()
 for scale in (2.0, 1.5, 3.0):
     arguments = {"class_labels": [3, 7], "num_inference_steps": 6, "guidance_scale": scale}
@@ -49,4 +41,4 @@ counters = torch._dynamo.utils.counters
 assert not counters["graph_break"], counters["graph_break"]
 assert counters["stats"]["unique_graphs"] == 1, counters["stats"]
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", script, str(trained_run)], check=True)

@@ -1,17 +1,19 @@
 """What a pipeline call can ask for: mixed batches, editing, other processes, guidance options, and their errors."""
 
+import numpy as np
 import pytest
 import torch
-from random_pipeline import random_pipeline
+from training_runs import tiny_config
 
-from smalti.pipeline import Editing, ImageRequest
+from smalti.models import build_model
+from smalti.pipeline import Editing, ImageRequest, Pipeline
 from smalti.sampling import GuidanceOptions, solver_names
 from smalti.types import UserError
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return random_pipeline()
+def pipe(trained_pipeline):
+    return trained_pipeline
 
 
 REQUESTS = [
@@ -19,9 +21,9 @@ REQUESTS = [
     ImageRequest(7, 12, "ddim", 9, None, 1.0),
     ImageRequest(0, 13, "ddpm", 5, None, 3.5),
     ImageRequest(9, 14, "unipc_2", 4, "karras", 1.5),
-    ImageRequest(3, 15, "edm_heun", 4, None, 2.0, (("s_churn", 2.0), ("t_start", 0.98))),
+    ImageRequest(3, 15, "edm_heun", 4, None, 2.0, {"s_churn": 2.0, "t_start": 0.98}),
     ImageRequest(1, 16, "dpmpp_2m", 6, "time", 2.5),
-    ImageRequest(2, 17, "flow_rk4", 2, None, 1.0, (("shift", 2.0),)),
+    ImageRequest(2, 17, "flow_rk4", 2, None, 1.0, {"shift": 2.0}),
 ]
 
 
@@ -35,9 +37,25 @@ def test_members_of_a_mixed_batch_get_the_picture_they_get_alone(pipe):
             num_inference_steps=request.num_inference_steps,
             spacing=request.spacing,
             guidance_scale=request.guidance_scale,
-            **dict(request.solver_options),
+            **request.solver_options,
         ).tensor[0]
         assert (picture - alone).abs().max() < 1e-4, request
+
+
+def test_requests_of_one_plan_share_it_and_of_two_do_not(pipe):
+    grid = np.array([0.999, 0.6, 0.3, 0.0])
+    other = np.array([0.999, 0.6 + 1e-10, 0.3, 0.0])  # which an array's text does not tell apart
+    options = [{"times": times} for times in (grid, grid.tolist(), other, other.tolist())]
+    output = pipe.mixed([ImageRequest(i, solver="ddim", solver_options=o) for i, o in enumerate(options)])
+    first, same, second, again = output.plans
+    assert first is same
+    assert second is again
+    assert second is not first
+
+
+def test_a_request_needs_no_options_and_is_a_value():
+    assert ImageRequest(3) == ImageRequest(3, solver_options={})
+    assert len({ImageRequest(3), ImageRequest(3), ImageRequest(3, solver_options={"eta": 1.0})}) == 2
 
 
 def test_a_mixed_batch_shares_its_forwards(pipe):
@@ -77,6 +95,16 @@ def test_image_to_image_keeps_more_of_the_picture_at_lower_strength(pipe):
         output = pipe([4], editing=Editing(image, strength=strength), num_inference_steps=8, guidance_scale=1.0)
         gaps.append(float((output.tensor[0] - image).abs().mean()))
     assert gaps[0] < gaps[1] < gaps[2]
+
+
+def test_a_picture_of_which_nothing_would_be_left_is_refused(pipe):
+    image = torch.zeros(1, 28, 28)
+    with pytest.raises(UserError, match=r"strength=1\.0 leaves nothing of the image"):
+        Editing(image)
+    # With a mask the strength of 1 is right: what is painted owes nothing to what was there.
+    mask = torch.ones(28, 28)
+    painted = pipe([4], editing=Editing(image, mask=mask), num_inference_steps=4).tensor
+    assert torch.equal(painted, pipe([4], num_inference_steps=4).tensor)
 
 
 def test_inpainting_keeps_what_the_mask_keeps(pipe):
@@ -123,7 +151,9 @@ def test_a_negative_label_stands_in_the_null_labels_place(pipe):
         ({"editing": Editing(torch.zeros(3, 28, 28), strength=0.5)}, "editing.image has shape"),
         ({"editing": Editing(torch.zeros(1, 28, 28), strength=1.5)}, "strength=1.5"),
         ({"editing": Editing(torch.full((1, 28, 28), float("nan")), strength=0.5)}, "NaN"),
-        ({"negative_class_labels": [11]}, "class_labels"),
+        ({"negative_class_labels": [11]}, r"^negative_class_labels=\[11\] must lie in 0 \.\. 9"),
+        ({"negative_class_labels": [0.5]}, r"^negative_class_labels=\[0\.5\] must be"),
+        ({"editing": Editing(torch.zeros(1, 28, 28), strength=0.5), "t_start": 0.7}, r"t_start=0\.7 and strength=0\.5"),
         ({"guidance": GuidanceOptions(pag_scale=1.0, pag_layers=(7,))}, "7"),
     ],
 )
@@ -133,9 +163,19 @@ def test_bad_requests_are_refused_in_one_line(pipe, arguments, says):
     assert "\n" not in str(caught.value)
 
 
+def unconditional_pipeline():
+    config = tiny_config(1, "num_classes=0")
+    return Pipeline(build_model(config.model).eval(), config)
+
+
 def test_guidance_asked_of_an_unconditional_network_is_refused():
     with pytest.raises(UserError, match="guidance_scale=2"):
-        random_pipeline(num_classes=0)(num_images=1, guidance_scale=2.0)
+        unconditional_pipeline()(num_images=1, guidance_scale=2.0)
+
+
+def test_negative_labels_of_an_unconditional_network_are_refused():
+    with pytest.raises(UserError, match="negative_class_labels has no effect"):
+        unconditional_pipeline()(num_images=1, negative_class_labels=[1])
 
 
 @pytest.mark.parametrize(

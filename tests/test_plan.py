@@ -242,7 +242,7 @@ def test_every_kind_of_plan_can_be_printed():
         (lambda x: run_plan(PLANS[0], DENOISER, x, seeds=torch.arange(3)), "seeds has .*one seed a sample"),
         (lambda x: run_plan(PLANS[0], DENOISER, x, seeds=torch.ones(4)), "seeds has .*torch.float32"),
         (lambda x: run_plans(PLANS[:3], lambda rows: DENOISER, x), "plans has 3 entries for 4 rows"),
-        (lambda x: run_plan(LEARNED, DENOISER, x), "GaussianDenoiser has none"),
+        (lambda x: run_plan(LEARNED, DENOISER, x), "GaussianDenoiser has no with_variance"),
     ],
 )  # fmt: skip
 def test_wrong_starts_are_refused(call, says):

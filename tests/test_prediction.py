@@ -203,7 +203,7 @@ def test_the_switch_hands_on_the_learned_variance():
     x0, logits = SwitchedDenoiser(inner, trained, sampled).with_variance(x, t)
     torch.testing.assert_close(x0, GaussianDenoiser(sampled, MEAN, VARIANCE)(x, t), rtol=1e-6, atol=1e-8)
     assert torch.equal(logits, x.sign())
-    with pytest.raises(UserError, match="function gives no learned variance"):
+    with pytest.raises(UserError, match="function has no with_variance"):
         SwitchedDenoiser(lambda x, t, cond=None: x, trained, sampled).with_variance(x, t)
 
 

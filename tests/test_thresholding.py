@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from smalti.sampling import ClippedDenoiser, DynamicThreshold
 from smalti.types import UserError
@@ -21,21 +19,6 @@ def test_clipping_acts_on_the_estimate():
     clipped = ClippedDenoiser(lambda x, t, cond=None: 3 * x)
     assert torch.equal(clipped(torch.tensor([[-1.0, 0.2]]), torch.tensor([0.5])), torch.tensor([[-1.0, 3 * 0.2]]))
     assert float(ClippedDenoiser(same, 2.0)(torch.tensor([[5.0]]), torch.tensor([0.5]))) == 2.0
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    spread=st.floats(0.1, 10), quantile=st.sampled_from([0.5, 0.9, 0.995, 1.0]),
-    max_value=st.sampled_from([1.0, 1.5, 3.0, 100.0]), seed=st.integers(0, 1000),
-)  # fmt: skip
-def test_dynamic_threshold_is_that_of_diffusers(spread, quantile, max_value, seed):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDPMScheduler(
-        thresholding=True, dynamic_thresholding_ratio=quantile, sample_max_value=max_value
-    )
-    x = spread * torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(seed))
-    threshold = DynamicThreshold(same, quantile, max_value)
-    torch.testing.assert_close(threshold(x, T), scheduler._threshold_sample(x), rtol=1e-6, atol=1e-7)
 
 
 def test_without_a_cap_it_is_imagens_rule():

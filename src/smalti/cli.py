@@ -6,11 +6,26 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
-from smalti.cli_arguments import COMMANDS, DESCRIPTION, Completion, Eval, Explain, Info, Sample, Train, Tune
+from smalti.cli_arguments import (
+    COMMANDS,
+    DESCRIPTION,
+    Adapt,
+    Completion,
+    Convert,
+    Eval,
+    Explain,
+    Export,
+    Info,
+    Sample,
+    Sampler,
+    Train,
+    Tune,
+)
+from smalti.cli_weights import adapt_command, convert_command, export_command
 from smalti.types import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +33,8 @@ if TYPE_CHECKING:
 
     from smalti.pipeline import Editing
     from smalti.sampling.guided import GuidanceOptions
+
+Result = TypeVar("Result")
 
 _EXIT_USER_ERROR, _EXIT_FAILURE, _EXIT_INTERRUPTED = 2, 1, 130
 
@@ -101,19 +118,31 @@ def _solver_options(given: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _guidance(command: Sample, default: "GuidanceOptions") -> "GuidanceOptions":
+def _guidance(sampler: Sampler, default: "GuidanceOptions") -> "GuidanceOptions":
     """The run's guidance options with those of the command line in their place."""
     from dataclasses import replace
 
     given: dict[str, Any] = {
-        "interval": command.guidance_interval,
-        "schedule": command.guidance_schedule,
-        "rescale": command.guidance_rescale,
-        "apg_eta": command.apg_eta,
-        "pag_scale": command.pag_scale,
-        "pag_layers": command.pag_layers or None,
+        "interval": sampler.guidance_interval,
+        "schedule": sampler.guidance_schedule,
+        "rescale": sampler.guidance_rescale,
+        "apg_eta": sampler.apg_eta,
+        "pag_scale": sampler.pag_scale,
+        "pag_layers": sampler.pag_layers or None,
     }
     return replace(default, **{name: value for name, value in given.items() if value is not None})
+
+
+def _sampling(sampler: Sampler, default: "GuidanceOptions") -> dict[str, Any]:
+    """The keyword arguments of a pipeline call that the command line's sampler stands for."""
+    return {
+        "num_inference_steps": sampler.num_inference_steps,
+        "solver": sampler.solver,
+        "spacing": sampler.spacing,
+        "guidance_scale": sampler.guidance_scale,
+        "guidance": _guidance(sampler, default),
+        **_solver_options(sampler.solver_options),
+    }
 
 
 def _editing(command: Sample, channels: int) -> "Editing | None":
@@ -147,41 +176,36 @@ def _sample(command: Sample) -> int:
     labels: list[int] | None = None
     if num_classes or command.class_labels:
         labels = [c for c in command.class_labels or range(num_classes) for _ in range(command.num_images_per_label)]
-    if command.process is not None:
-        pipe = pipe.on_process(command.process)
-    options = _solver_options(command.solver_options)
-    guidance = _guidance(command, pipe.config.sampling.guidance)
+    defaults = pipe.config.sampling
+    sampler = command.sampler
+    if sampler.process is not None:
+        pipe = pipe.on_process(sampler.process)
+    sampling = _sampling(sampler, defaults.guidance)
     with _progress_bar("sampling") as progress:
         output = pipe(
             labels,
             num_images=None if labels is not None else command.num_images_per_label,
-            num_inference_steps=command.num_inference_steps,
-            solver=command.solver,
-            spacing=command.spacing,
-            guidance_scale=command.guidance_scale,
-            guidance=guidance,
             negative_class_labels=command.negative_class_labels or None,
             editing=_editing(command, pipe.config.model.in_channels),
             seed=command.seed,
             batch_size=command.batch_size,
             progress=progress,
-            **options,
+            **sampling,
         )
-    defaults = pipe.config.sampling
-    scale = defaults.guidance_scale if command.guidance_scale is None else command.guidance_scale
+    scale = defaults.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
     settings = {
         "run": str(command.run),
         "solver": output.plan.solver,
-        "num_inference_steps": command.num_inference_steps or defaults.num_inference_steps,
+        "num_inference_steps": sampler.num_inference_steps or defaults.num_inference_steps,
         "network_calls": output.plan.num_calls,
         "times": output.plan.times.round(6).tolist(),
         "guidance_scale": scale if labels is not None else 1.0,
-        "guidance": to_json(guidance),
+        "guidance": to_json(sampling["guidance"]),
         "negative_class_labels": command.negative_class_labels,
         "image": str(command.image) if command.image else None,
         "strength": command.strength,
         "mask": str(command.mask) if command.mask else None,
-        **options,
+        **_solver_options(sampler.solver_options),
         "process": pipe.process.name,
         "checkpoint": command.checkpoint or "newest",
         "smalti": smalti.__version__,
@@ -204,24 +228,29 @@ def _sample(command: Sample) -> int:
     return 0
 
 
-def _eval(command: Eval) -> int:
-    from smalti.evaluation.digits import evaluate_run
+def _judged(command: Eval | Tune, text: str, judge: Callable[..., Result], **arguments: Any) -> Result:
+    """judge on the samples that the command asks for, under a progress bar."""
     from smalti.training.memory import keep_freed_memory
 
     _set_threads(command.threads)
     keep_freed_memory()
-    with _progress_bar("judging") as progress:
-        report = evaluate_run(
+    with _progress_bar(text) as progress:
+        return judge(
             command.run,
             num_images=command.num_images,
             seed=command.seed,
             checkpoint=command.checkpoint,
             progress=progress,
-            num_inference_steps=command.num_inference_steps,
-            solver=command.solver,
-            spacing=command.spacing,
-            guidance_scale=command.guidance_scale,
+            **arguments,
         )
+
+
+def _eval(command: Eval) -> int:
+    from smalti.evaluation.digits import evaluate_run
+    from smalti.run_folder import read_config
+
+    sampling = _sampling(command.sampler, read_config(command.run).sampling.guidance)
+    report = _judged(command, "judging", evaluate_run, process=command.sampler.process, **sampling)
     print(report.text())
     return 0
 
@@ -251,19 +280,8 @@ def _explain(command: Explain) -> int:
 
 def _tune(command: Tune) -> int:
     from smalti.evaluation.tune import frontier_table, tune_run
-    from smalti.training.memory import keep_freed_memory
 
-    _set_threads(command.threads)
-    keep_freed_memory()
-    with _progress_bar("tuning") as progress:
-        result = tune_run(
-            command.run,
-            budget=command.budget,
-            num_images=command.num_images,
-            seed=command.seed,
-            checkpoint=command.checkpoint,
-            progress=progress,
-        )
+    result = _judged(command, "tuning", tune_run, budget=command.budget)
     _console().print(frontier_table(result))
     print(f"use it: {result.command(command.run)}")
     print(f"written: {command.run / 'tune.json'}" + (f", {result.picture}" if result.picture else ""))
@@ -291,6 +309,9 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Eval: _eval,
     Explain: _explain,
     Tune: _tune,
+    Convert: convert_command,
+    Export: export_command,
+    Adapt: adapt_command,
     Info: _info,
     Completion: _completion,
 }

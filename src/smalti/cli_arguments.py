@@ -41,21 +41,9 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Draw pictures from a run.
+class Sampler:
+    """How to sample; what is not given is the run's own."""
 
-    Example: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
-
-    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label, seed, every setting). A picture
-    depends on its own seed and label alone, so any row of a manifest can be drawn again by itself.
-    """
-
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
-    """The run directory."""
-    class_labels: tuple[int, ...] = ()
-    """Labels to draw (default: each class once)."""
-    num_images_per_label: int = 8
-    """Pictures for each label (or in all, for an unconditional network)."""
     solver: str | None = None
     """Solver, such as dpmpp_2m, ddim, unipc_2, edm_heun; `smalti explain` lists all (default: the run's)."""
     num_inference_steps: int | None = None
@@ -80,12 +68,31 @@ class Sample:
     """Perturbed-attention guidance, in the layers of --pag-layers."""
     pag_layers: tuple[int, ...] = ()
     """Layers (from 0) whose attention is perturbed."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw pictures from a run.
+
+    Example: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
+
+    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label, seed, every setting). A picture
+    depends on its own seed and label alone, so any row of a manifest can be drawn again by itself.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run directory."""
+    class_labels: tuple[int, ...] = ()
+    """Labels to draw (default: each class once)."""
+    num_images_per_label: int = 8
+    """Pictures for each label (or in all, for an unconditional network)."""
+    sampler: Sampler = Sampler()
     negative_class_labels: tuple[int, ...] = ()
     """Labels to move away from, in place of the null label: one for all, or one a picture."""
     image: Path | None = None
     """A picture to begin from (with --strength) or to keep a part of (with --mask)."""
     strength: float = 1.0
-    """How far --image is noised, above 0 to 1."""
+    """How far --image is noised, above 0 to 1; 1 leaves nothing of it and is for --mask."""
     mask: Path | None = None
     """A picture of the image's size: white where to paint, black where to keep --image."""
     seed: int = 0
@@ -106,7 +113,7 @@ class Sample:
 class Eval:
     """Judge a run: are its digits what was asked for, and how far are they from real ones?
 
-    Example: smalti eval runs/mnist
+    Example: smalti eval runs/mnist --guidance-scale 2 --guidance-interval 0.3 1
 
     Draws class-conditional samples and prints the judge's accuracy on them and the Frechet distance in the judge's
     features against the held-out digits, each with a bootstrap 95 % interval; writes RUN/evaluation.json. The judge is
@@ -117,14 +124,7 @@ class Eval:
     """The run directory."""
     num_images: int = 1000
     """Samples to judge, an equal number of each class."""
-    solver: str | None = None
-    """Solver (default: the run's)."""
-    num_inference_steps: int | None = None
-    """Solver steps (default: the run's)."""
-    spacing: str | None = None
-    """Time grid (default: the run's)."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is off (default: the run's)."""
+    sampler: Sampler = Sampler()
     seed: int = 0
     """Seed of the first sample."""
     checkpoint: str | None = None
@@ -183,6 +183,90 @@ class Tune:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Rewrite a network's weights for smalti, diffusers or an original repository.
+
+    Examples: smalti convert DiT-XL-2-256x256.pt dit-xl --to smalti
+              smalti convert dit-xl dit.safetensors --to original
+
+    Reads a smalti run or network, a diffusers folder (or a pipeline's), a .safetensors or .pt file of an original
+    repository (of which only tensors are read, nothing is executed) or hf://owner/name. Reading is strict: missing,
+    surplus and wrongly shaped tensors are listed. There and back gives the same bytes.
+    """
+
+    source: Annotated[Positional[str], arg(metavar="IN")]
+    """A run, a folder, a file or hf://owner/name."""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """A folder, or for --to original a .safetensors file."""
+    to: Literal["smalti", "diffusers", "original"]
+    """For whom to write."""
+    format: str | None = None
+    """Which original format, where an architecture has several."""
+    prefix: str | None = None
+    """What to put before each original name, such as model.diffusion_model. (default: what IN had)."""
+    set: tuple[str, ...] = ()
+    """Fields of the network's config to read otherwise, the weights staying as they are: num_heads=8 where a file does
+    not say it; frequency_shift=1 mlp_norm_eps=1e-5 to write an original DiT for diffusers, which computes so."""
+    checkpoint: str | None = None
+    """Of a run: a folder's name under checkpoints/ (default: the newest)."""
+    overwrite: bool = False
+    """Replace OUT."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run as a folder that diffusers' own classes load: network, scheduler and, for DDIM, a pipeline.
+
+    Example: smalti export runs/mnist-ddpm out
+
+    A DiT must be one that diffusers can express: train with --set positions=sincos qk_norm=false activation=gelu_tanh
+    frequency_shift=1 mlp_norm_eps=1e-5.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run directory."""
+    out: Annotated[Positional[Path], arg(metavar="DIR")]
+    """The folder to write."""
+    to: Literal["diffusers"] = "diffusers"
+    """For whom to write."""
+    checkpoint: str | None = None
+    """A folder's name under checkpoints/ (default: the newest)."""
+    overwrite: bool = False
+    """Replace DIR."""
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Change a DiT's number of classes, resolution, patch size or depth, keeping what can be kept.
+
+    Example: smalti adapt runs/mnist wider --num-classes 20 --depth 6
+
+    Classes that both have are kept; learned positions are interpolated; patch kernels are resized; a deeper network
+    computes at first what the old one did. Prints what became of each tensor; writes a network for `smalti train
+    --set initial_weights=OUT`.
+    """
+
+    source: Annotated[Positional[str], arg(metavar="IN")]
+    """A run, a folder, a file or hf://owner/name."""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """The folder to write."""
+    num_classes: int | None = None
+    """The new number of classes."""
+    image_size: tuple[int, int] | None = None
+    """The new height and width, in pixels or latents."""
+    patch_size: int | None = None
+    """The new patch size."""
+    depth: int | None = None
+    """The new number of blocks."""
+    seed: int = 0
+    """Seed of what starts fresh."""
+    checkpoint: str | None = None
+    """Of a run: a folder's name under checkpoints/ (default: the newest)."""
+    overwrite: bool = False
+    """Replace OUT."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Describe a run or a recipe: parameters by part, FLOPs, config, how it was trained.
 
@@ -204,14 +288,15 @@ class Completion:
     """bash, zsh or tcsh."""
 
 
-Command = Train | Sample | Eval | Explain | Tune | Info | Completion
-
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "sample": Sample,
     "eval": Eval,
     "explain": Explain,
     "tune": Tune,
+    "convert": Convert,
+    "export": Export,
+    "adapt": Adapt,
     "info": Info,
     "completion": Completion,
 }

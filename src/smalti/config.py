@@ -50,7 +50,8 @@ class LoopConfig:
     checkpoint_every: int = 250
     preview_every: int = 500
     keep_checkpoints: int = 2
-    compile: bool = False  # torch.compile the network: pays on runs longer than its minute of compilation
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"  # of the products, see training/forward.py
+    compile: bool = False  # torch.compile the blocks, in runs long enough to repay it
 
     def __post_init__(self) -> None:
         for name in (
@@ -96,6 +97,7 @@ class RunConfig:
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
     model: LabelledModelConfig = field(default_factory=DiTConfig)
+    initial_weights: str | None = None  # what smalti.load_backbone reads: a network of this very config to start from
     process: str = "rectified_flow"
     objective: Objective = field(default_factory=Objective)
     timesteps: TimestepDensity = field(default_factory=LogitNormalTimesteps)
@@ -114,7 +116,9 @@ class RunConfig:
         if self.model.num_classes and self.model.num_classes < 10:
             raise UserError(f"model.num_classes={self.model.num_classes}: the digits have 10 classes (or 0: none)")
         if self.model.num_classes and self.loop.label_dropout and not getattr(self.model, "null_label", True):
-            raise UserError(f"loop.label_dropout={self.loop.label_dropout} needs model.null_label=True")
+            raise UserError(
+                f"model.null_label=False: loop.label_dropout={self.loop.label_dropout} needs the null label"
+            )
         if (self.model.in_channels, self.model.image_size) != (1, (28, 28)):
             raise UserError(
                 f"model.in_channels={self.model.in_channels}, model.image_size={self.model.image_size}: "
@@ -249,6 +253,11 @@ def _parse(annotation: Any, text: str, path: str) -> Any:
         raise
     except (ValueError, KeyError):
         raise UserError(f"{path}={text!r} must be {wanted}") from None
+
+
+def parse_field(cls: Any, name: str, text: str) -> Any:
+    """A command line's text as the type of a dataclass's field. Raises UserError for what does not parse."""
+    return _parse(get_type_hints(cls)[name], text, name)
 
 
 def _resolve(config: RunConfig, name: str) -> str:

@@ -1,11 +1,12 @@
 """From a run directory to pictures: load(path) -> Pipeline. Immutable, thread-safe, no hidden state."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -19,13 +20,13 @@ from smalti.diffusion.switch import SwitchedDenoiser
 from smalti.images import to_pil
 from smalti.interop.load import load_backbone
 from smalti.run_folder import read_config
+from smalti.sampling.compiled import CompiledDenoiser, CompiledEstimate, compiled_estimate
 from smalti.sampling.editing import InpaintDenoiser, noised, strength_to_start
 from smalti.sampling.guidance import perturbed_attention
 from smalti.sampling.guided import GuidanceOptions, guide
 from smalti.sampling.plan import Plan, run_plan, run_plans
 from smalti.sampling.solvers import make_plan
 from smalti.sampling.thresholding import ClippedDenoiser
-from smalti.sampling.wrapped import Estimate, Estimator, WrappedDenoiser
 from smalti.types import Backbone, Condition, Denoiser, UserError
 
 _MAX_SEED = 2**63
@@ -58,7 +59,8 @@ class PipelineOutput:
 class ImageRequest:
     """One picture of a mixed batch. None takes the run's default.
 
-    class_label: None for an unconditional network. solver_options: what Pipeline.plan takes beside the named fields.
+    class_label: None for an unconditional network. solver_options: what Pipeline.plan takes beside the named fields,
+    such as {"eta": 1.0, "shift": 3.0}.
     """
 
     class_label: int | None = None
@@ -67,20 +69,26 @@ class ImageRequest:
     num_inference_steps: int | None = None
     spacing: str | None = None
     guidance_scale: float | None = None
-    solver_options: tuple[tuple[str, Any], ...] = ()
+    solver_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class Editing:
     """A picture to begin from. image: [channels, height, width] or one a picture [batch, ...], in [-1, 1].
 
-    strength in (0, 1]: how far it is noised (1 leaves little of it). mask: 1 where to paint, 0 where to keep, of the
-    image's height and width ([height, width], or with leading axes that broadcast against [batch, channels]).
+    strength in (0, 1]: how far it is noised before it is drawn anew. At 1 nothing of it is in the start, which is noise
+    as of any picture: there a mask is needed, without which the image would have no effect. mask: 1 where to paint, 0
+    where to keep, of the image's height and width ([height, width], or with leading axes that broadcast against
+    [batch, channels]). Raises UserError for a strength of 1 without a mask.
     """
 
     image: Tensor
     strength: float = 1.0
     mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask is None and self.strength == 1.0:
+            raise UserError(f"strength={self.strength} leaves nothing of the image: give one below 1, or a mask")
 
 
 @dataclass(frozen=True)
@@ -172,7 +180,7 @@ class Pipeline:
         denoiser = guide(on_sampled_process(network), null, guidance_scale, options, self.process, perturbed)
         if self.config.sampling.clip_x0:
             denoiser = ClippedDenoiser(denoiser)
-        return _CompiledDenoiser(denoiser, self._compiled_estimate) if self.compile else denoiser
+        return CompiledDenoiser(denoiser, self._compiled_estimate) if self.compile else denoiser
 
     @torch.inference_mode()
     def __call__(
@@ -209,7 +217,12 @@ class Pipeline:
         negative = self._negative_labels(negative_class_labels, count)
         scale = self._scale(guidance_scale, labels is not None)
         if editing is not None and editing.strength != 1.0:
-            solver_options.setdefault("t_start", strength_to_start(self.process, editing.strength))
+            if solver_options.get("t_start") is not None:
+                raise UserError(
+                    f"t_start={solver_options['t_start']} and strength={editing.strength} both say where to begin: "
+                    "give one of them"
+                )
+            solver_options["t_start"] = strength_to_start(self.process, editing.strength)
         plan = self.plan(num_inference_steps, solver, spacing, **solver_options)
         parts = []
         for start in range(0, count, batch_size):
@@ -253,9 +266,9 @@ class Pipeline:
         by_settings: dict[Any, Plan] = {}
         plans = []
         for r in requests:
-            key = (r.num_inference_steps, r.solver, r.spacing, repr(r.solver_options))
+            key = _plan_key(r)
             if key not in by_settings:
-                by_settings[key] = self.plan(r.num_inference_steps, r.solver, r.spacing, **dict(r.solver_options))
+                by_settings[key] = self.plan(r.num_inference_steps, r.solver, r.spacing, **r.solver_options)
             plans.append(by_settings[key])
         all_seeds = torch.tensor(seeds, device=self.device)
         noise = self._noise(all_seeds)
@@ -270,8 +283,8 @@ class Pipeline:
         return PipelineOutput(tensor, seeds, tuple(labels.tolist()) if labels is not None else None, tuple(plans))
 
     @cached_property
-    def _compiled_estimate(self) -> Callable[[Denoiser, Tensor, Tensor, Condition | None], Tensor]:
-        return torch.compile(_estimate, dynamic=False)
+    def _compiled_estimate(self) -> CompiledEstimate:
+        return compiled_estimate()
 
     @property
     def device(self) -> torch.device:
@@ -316,11 +329,22 @@ class Pipeline:
     def _negative_labels(self, given: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
         if given is None:
             return None
-        labels = self._labels(given, None)
-        assert labels is not None
+        if not self.config.model.num_classes:
+            raise UserError("negative_class_labels has no effect: this network is unconditional")
+        labels = self._checked_labels("negative_class_labels", given)
         if len(labels) not in (1, count):
             raise UserError(f"negative_class_labels has {len(labels)} entries for {count} pictures: give 1 or {count}")
         return labels.expand(count)
+
+    def _checked_labels(self, name: str, given: Sequence[int] | Tensor) -> Tensor:
+        """int64 [len(given)]. Raises UserError for labels that the network does not have."""
+        num_classes = self.config.model.num_classes
+        labels = torch.as_tensor(given).reshape(-1)
+        if labels.numel() == 0 or labels.is_floating_point():
+            raise UserError(f"{name}={labels.tolist()} must be one or more integers")
+        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+            raise UserError(f"{name}={labels.tolist()} must lie in 0 .. {num_classes - 1}")
+        return labels.long()
 
     def _labels(self, class_labels: Sequence[int] | Tensor | None, num_images: int | None) -> Tensor | None:
         num_classes = self.config.model.num_classes
@@ -332,14 +356,10 @@ class Pipeline:
             return None
         if class_labels is None:
             raise UserError(f"class_labels is missing: one label of 0 .. {num_classes - 1} a picture")
-        labels = torch.as_tensor(class_labels).reshape(-1)
-        if labels.numel() == 0 or labels.is_floating_point():
-            raise UserError(f"class_labels={class_labels!r} must be integers, one a picture")
+        labels = self._checked_labels("class_labels", class_labels)
         if num_images is not None and num_images != len(labels):
             raise UserError(f"num_images={num_images} contradicts the {len(labels)} class_labels")
-        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-            raise UserError(f"class_labels={labels.tolist()} must lie in 0 .. {num_classes - 1}")
-        return labels.long()
+        return labels
 
     def _seeds(self, seed: int | Sequence[int], count: int) -> tuple[int, ...]:
         seeds = tuple(seed + i for i in range(count)) if isinstance(seed, int) else tuple(int(s) for s in seed)
@@ -350,24 +370,11 @@ class Pipeline:
         return seeds
 
 
-def _estimate(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
-    return denoiser(x, t, cond)
-
-
-@dataclass(frozen=True)
-class _CompiledDenoiser(WrappedDenoiser):
-    """A denoiser whose estimates run compiled; estimates with variance logits run as they are."""
-
-    denoiser: Denoiser
-    compiled: Callable[[Denoiser, Tensor, Tensor, Condition | None], Tensor]
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
-        """x [batch, ...], t [batch] -> x0 estimate."""
-        return self.compiled(self.denoiser, x, t, cond)
-
-    def estimate(self, inner: Estimator, x: Tensor, t: Tensor, cond: Condition | None) -> Estimate:
-        """The wrapped estimate."""
-        return inner(self.denoiser, x, t, cond)
+def _plan_key(request: ImageRequest) -> tuple[Any, ...]:
+    """Equal for requests of one plan."""
+    # As text, since True == 1 and only one of them is an option's value; lists, since an array's text leaves some out.
+    options = tuple(sorted((name, repr(np.asarray(v).tolist())) for name, v in request.solver_options.items()))
+    return request.num_inference_steps, request.solver, request.spacing, options
 
 
 def load(path: str | Path, *, checkpoint: str | None = None, ema: bool = True, device: str = "cpu") -> Pipeline:

@@ -71,7 +71,8 @@ def random_words(
     return stacked.reshape(rows, -1)[:, :count]
 
 
-def _precision(device: torch.device) -> torch.dtype:
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on mps, which has no float64: what random numbers are made in, and times t kept in."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -84,10 +85,10 @@ def uniform(
     call: int | Tensor = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Uniform numbers in the open interval (0, 1): float64 [rows, *shape], a row for each address."""
+    """Uniform numbers in the open interval (0, 1): widest_float [rows, *shape], a row for each address."""
     device = torch.device(device)
     words = random_words(math.prod(shape), seed=seed, purpose=purpose, index=index, call=call, device=device)
-    return ((words.to(_precision(device)) + 0.5) * 2.0**-32).reshape(-1, *shape)
+    return ((words.to(widest_float(device)) + 0.5) * 2.0**-32).reshape(-1, *shape)
 
 
 def normal(
@@ -104,7 +105,7 @@ def normal(
     device = torch.device(device)
     count = math.prod(shape)
     words = random_words(2 * ((count + 1) // 2), seed=seed, purpose=purpose, index=index, call=call, device=device)
-    u = (words.to(_precision(device)) + 0.5) * 2.0**-32
+    u = (words.to(widest_float(device)) + 0.5) * 2.0**-32
     radius = torch.sqrt(-2.0 * torch.log(u[:, 0::2]))
     angle = (2.0 * math.pi) * u[:, 1::2]
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)

@@ -62,6 +62,14 @@ def concat_conditions(*parts: Condition) -> Condition:
     return Condition(**joined)
 
 
+def required_field(cond: Condition | None, name: str) -> Tensor:
+    """A field of the condition that a network cannot do without. Raises UserError naming it where it is missing."""
+    value: Tensor | None = None if cond is None else getattr(cond, name)
+    if value is None:
+        raise UserError(f"condition.{name} is missing: this network needs it")
+    return value
+
+
 @runtime_checkable
 class Backbone(Protocol):
     """A network: raw output from a noisy input, its time in the network's own unit, and a condition."""

@@ -19,6 +19,22 @@ def randomised(module: nn.Module, std: float = 0.1, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
+def assert_same_function(
+    ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], z: Tensor, limit: float = 1e-5
+) -> None:
+    """Both give the same output at z and the same gradient by z, within limit of the largest value."""
+    z_ours, z_theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    output, expected = ours(z_ours), theirs(z_theirs)
+    assert output.shape == expected.shape
+    error = float((output - expected).detach().abs().max() / expected.detach().abs().max())
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), z_theirs)
+    (gradient,) = torch.autograd.grad((output * weight).sum(), z_ours)
+    gradient_error = float((gradient - expected_gradient).abs().max() / expected_gradient.abs().max())
+    assert error <= limit, f"output: {error:.2e}"
+    assert gradient_error <= limit, f"gradient: {gradient_error:.2e}"
+
+
 def assert_parity(
     reference: nn.Module,
     call: Callable[[Tensor, Tensor], Tensor],
@@ -32,17 +48,7 @@ def assert_parity(
     call: the reference in our layout of tensors. Returns our network.
     """
     ours = smalti.load_backbone(reference)
-    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    expected = call(x_theirs, t)
-    output = ours(x_ours, t, cond)
-    assert output.shape == expected.shape
-    error = float((output - expected).detach().abs().max() / expected.detach().abs().max())
-    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), x_theirs)
-    (gradient,) = torch.autograd.grad((output * weight).sum(), x_ours)
-    gradient_error = float((gradient - expected_gradient).abs().max() / expected_gradient.abs().max())
-    assert error <= limit, f"output: {error:.2e}"
-    assert gradient_error <= limit, f"gradient: {gradient_error:.2e}"
+    assert_same_function(lambda x: ours(x, t, cond), lambda x: call(x, t), x, limit)
     return ours
 
 

@@ -6,20 +6,22 @@ Where the reference departs from its paper, the settings below avoid the place, 
 """
 
 import importlib
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from gaussian import MixtureDenoiser
 
 from smalti import rng
-from smalti.diffusion import convert_prediction, make_process, process_names
+from smalti.diffusion import convert_prediction, make_process
+from smalti.diffusion.timesteps import flux_mu
 from smalti.sampling import Trajectories, make_plan
 
-diffusers = pytest.importorskip("diffusers", reason="the extra `hf` is not installed")
 diffusers.logging.set_verbosity_error()
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
@@ -307,6 +309,17 @@ def test_flow_match_euler(shift, dtype, monkeypatch):
         assert_same(our_trajectory(plan, process, start(dtype=dtype)), theirs, dtype)
 
 
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+def test_shift_of_flux(tokens):
+    """FLUX's dynamic shift is exp(mu) with mu from the number of image tokens."""
+    steps, process = 20, make_process("rectified_flow")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=flux_mu(tokens))
+    arguments = {"num_inference_steps": steps, "t_start": 1.0, "shift": math.exp(flux_mu(tokens))}
+    plan = make_plan("flow_euler", process=process, **arguments)
+    np.testing.assert_allclose([*plan.times, 0.0], scheduler.sigmas.numpy(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_flow_match_heun(dtype, monkeypatch):
     oracle, process = Oracle("FlowMatchHeunDiscreteScheduler", {}, "flow_heun", {}), make_process("rectified_flow")
@@ -321,7 +334,6 @@ def test_flow_match_heun(dtype, monkeypatch):
         assert_same(our_trajectory(plan, process, start(dtype=dtype)), theirs, dtype)
 
 
-@pytest.mark.skipif("edm" not in process_names(), reason="needs the process edm")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(
     ("scheduler_name", "config", "solver", "options"),

@@ -1,9 +1,17 @@
 """The order in which rows are read: a function of (seed, step), so that it resumes and re-shards by itself."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from smalti import rng
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch's rows, kept while its batches are read: drawing it costs more than reading a batch."""
+    return rng.permutation(num_rows, seed=seed, purpose="data/order", call=epoch)
 
 
 def batch_indices(step: int, batch_size: int, num_rows: int, seed: int) -> Tensor:
@@ -16,6 +24,5 @@ def batch_indices(step: int, batch_size: int, num_rows: int, seed: int) -> Tenso
     rows = torch.empty_like(positions)
     for epoch in torch.unique(positions // num_rows).tolist():
         inside = positions // num_rows == epoch
-        order = rng.permutation(num_rows, seed=seed, purpose="data/order", call=epoch)
-        rows[inside] = order[positions[inside] % num_rows]
+        rows[inside] = _epoch_order(num_rows, seed, epoch)[positions[inside] % num_rows]
     return rows

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from smalti.diffusion.prediction import input_scale, per_sample, x0_from_output
 from smalti.diffusion.process import Process
-from smalti.types import Backbone, Condition, UserError
+from smalti.rng import widest_float
+from smalti.types import Backbone, Condition, Denoiser, UserError
 
 
 @runtime_checkable
@@ -22,6 +22,15 @@ class VarianceDenoiser(Protocol):
     def with_variance(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         """x0 estimate and variance logits, both of the shape of x."""
         ...
+
+
+def x0_and_variance(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition | None) -> tuple[Tensor, Tensor]:
+    """The x0 estimate and the variance logits, both of the shape of x. Raises UserError where the denoiser has none."""
+    if not isinstance(denoiser, VarianceDenoiser):
+        raise UserError(
+            f"denoiser {type(denoiser).__name__} has no with_variance: a learned variance needs a network that has it"
+        )
+    return denoiser.with_variance(x, t, cond)
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,8 @@ class NetworkDenoiser:
 
     def _estimate(self, x: Tensor, t: Tensor, cond: Condition | None) -> tuple[Tensor, Tensor]:
         """x0, and what the output has beyond the input's channels."""
-        t64 = t.to(torch.float64) if t.device.type != "mps" else t
-        scaled = x * per_sample(input_scale(self.prediction_type, self.process, t64), x)
-        output = self.backbone(scaled, self.process.network_time(t64).to(x.dtype), cond)
+        t = t.to(widest_float(t.device))
+        scaled = x * per_sample(input_scale(self.prediction_type, self.process, t), x)
+        output = self.backbone(scaled, self.process.network_time(t).to(x.dtype), cond)
         channels = x.shape[1]
-        return x0_from_output(self.prediction_type, self.process, t64, x, output[:, :channels]), output[:, channels:]
+        return x0_from_output(self.prediction_type, self.process, t, x, output[:, :channels]), output[:, channels:]

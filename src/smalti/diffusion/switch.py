@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smalti.diffusion.denoiser import VarianceDenoiser
+from smalti.diffusion.denoiser import x0_and_variance
 from smalti.diffusion.prediction import per_sample
 from smalti.diffusion.process import Process
-from smalti.types import Condition, Denoiser, UserError
+from smalti.types import Condition, Denoiser
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,7 @@ class SwitchedDenoiser:
 
     def with_variance(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         """x0 estimate and variance logits of the inner denoiser; UserError where it has none."""
-        if not isinstance(self.denoiser, VarianceDenoiser):
-            raise UserError(
-                f"denoiser {type(self.denoiser).__name__} gives no learned variance: it has no with_variance"
-            )
-        return self.denoiser.with_variance(*self._switch(x, t), cond)
+        return x0_and_variance(self.denoiser, *self._switch(x, t), cond)
 
     def _switch(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x and t as the trained process has them."""

@@ -169,7 +169,7 @@ TimestepDensity = UniformTimesteps | LogitNormalTimesteps | ModeTimesteps | CosM
 
 def check_density(density: TimestepDensity, process: Process) -> None:
     """Raise UserError for a shift under a process of no flow: the formula of shift_timesteps is about their t."""
-    shift = getattr(density, "shift", 1.0)
+    shift = 1.0 if isinstance(density, EDMLogNormalTimesteps) else density.shift
     if shift != 1.0 and not isinstance(process, RectifiedFlow | GVP | LinearInterpolant | Interpolant):
         raise UserError(
             f"timesteps.shift={shift} is for rectified_flow, gvp and interpolant; the process is {process.name!r}: "

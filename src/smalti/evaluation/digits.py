@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from smalti.evaluation.frechet import Estimate, bootstrap, frechet_distance
 from smalti.evaluation.judge import held_out_accuracy, judge_features, load_judge
 from smalti.pipeline import load
 from smalti.run_folder import RunFolder, write_json
+from smalti.sampling.guided import GuidanceOptions
 from smalti.types import UserError
 
 
@@ -25,8 +27,10 @@ class DigitsReport:
     frechet_of_real_digits: float  # as many training rows against the held-out rows: the floor
     num_images: int
     network_calls: int
+    process: str
     solver: str
     guidance_scale: float
+    guidance: GuidanceOptions
 
     def text(self) -> str:
         """The report in lines for a person."""
@@ -34,13 +38,19 @@ class DigitsReport:
         return "\n".join(
             [
                 f"judge: {self.judge_held_out_accuracy:.2%} on held-out digits",
-                f"samples: {self.num_images} class-conditional, {self.solver}, {self.network_calls} network calls, "
-                f"guidance {self.guidance_scale:g}",
+                f"samples: {self.num_images} class-conditional, {self.solver} on {self.process}, "
+                f"{self.network_calls} network calls, guidance {self.guidance_scale:g}{_differences(self.guidance)}",
                 f"judge accuracy: {a.value:.1%}  (95 %: {a.low:.1%} .. {a.high:.1%})",
                 f"judge Frechet distance: {f.value:.2f}  (95 %: {f.low:.2f} .. {f.high:.2f}; "
                 f"real digits: {self.frechet_of_real_digits:.2f})",
             ]
         )
+
+
+def _differences(guidance: GuidanceOptions) -> str:
+    """The options that are not their defaults, as the end of a line."""
+    plain = asdict(GuidanceOptions())
+    return "".join(f", {name} {value}" for name, value in asdict(guidance).items() if value != plain[name])
 
 
 def evaluate_run(
@@ -54,16 +64,22 @@ def evaluate_run(
     solver: str | None = None,
     spacing: str | None = None,
     guidance_scale: float | None = None,
+    guidance: GuidanceOptions | None = None,
+    process: str | None = None,
+    **solver_options: Any,
 ) -> DigitsReport:
     """Draw num_images samples of a run (labels 0, 1, ... 9, 0, ...) and judge them; writes RUN/evaluation.json.
 
-    Raises UserError where the run does not draw digits.
+    process: what to sample on, where it is not the one trained on. The other arguments after progress are those of a
+    pipeline call; None takes the run's own. Raises UserError where the run does not draw digits.
     """
     if num_images < 100:
         raise UserError(f"num_images={num_images} must be at least 100: the distance needs its covariances")
     pipe = load(run, checkpoint=checkpoint)
     if pipe.config.model.num_classes != 10:
         raise UserError(f"{run} is not conditional on the ten digits: nothing to judge")
+    if process is not None:
+        pipe = pipe.on_process(process)
     judge = load_judge(progress=progress)
     training_rows, held_out = load_digits()
     labels = torch.arange(num_images) % 10
@@ -75,7 +91,9 @@ def evaluate_run(
         solver=solver,
         spacing=spacing,
         guidance_scale=guidance_scale,
+        guidance=guidance,
         batch_size=100,
+        **solver_options,
     )
     features, predicted = judge_features(judge, output.tensor)
     real, _ = judge_features(judge, to_signed_unit(held_out.images))
@@ -89,8 +107,10 @@ def evaluate_run(
         frechet_of_real_digits=frechet_distance(floor.double().numpy(), real_features),
         num_images=num_images,
         network_calls=output.plan.num_calls,
+        process=pipe.process.name,
         solver=output.plan.solver,
         guidance_scale=pipe.config.sampling.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance=guidance or pipe.config.sampling.guidance,
     )
     write_json(RunFolder(run).path / "evaluation.json", asdict(report))
     return report

@@ -1,19 +1,19 @@
 """DiT and SiT: diffusers' DiTTransformer2DModel, and the files of facebookresearch/DiT and willisma/SiT."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smalti.interop.formats import Format, Original, config_values
+from smalti.interop.formats import LEGACY_FIELDS, Format, Original, config_values, depth_of
 from smalti.interop.layout import (
     Layout,
     Rule,
     computed,
     copied,
     joined_with_bias,
+    patch_convolution,
     renamed,
     reshaped,
     rules_for_blocks,
@@ -37,7 +37,7 @@ def _read_config(body: Mapping[str, Any]) -> DiTConfig:
         {
             "dropout": 0.0, "norm_num_groups": body.get("norm_num_groups"), "attention_bias": True,
             "activation_fn": "gelu-approximate", "upcast_attention": False, "norm_type": "ada_norm_zero",
-            "norm_elementwise_affine": False,
+            "norm_elementwise_affine": False, **LEGACY_FIELDS,
         },
     )  # fmt: skip
     channels, out_channels = values["in_channels"], values["out_channels"]
@@ -85,11 +85,7 @@ def _write_config(config: DiTConfig) -> dict[str, Any]:
 
 
 def _patch_embedding(config: DiTConfig, theirs: str) -> tuple[Rule, Rule]:
-    kernel = (config.width, config.in_channels, config.patch_size, config.patch_size)
-    matrix = (config.width, config.in_channels * config.patch_size**2)
-    return reshaped("patch_embed.weight", f"{theirs}.weight", matrix, kernel), renamed(
-        "patch_embed.bias", f"{theirs}.bias"
-    )
+    return patch_convolution("patch_embed", theirs, config.width, config.in_channels, config.patch_size)
 
 
 def _modulations(config: DiTConfig, blocks: str, final: str) -> tuple[Rule, Rule]:
@@ -131,16 +127,14 @@ def _original_config(tensors: Mapping[str, Tensor]) -> DiTConfig | None:
     width, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     side = int(tensors["pos_embed"].shape[1] ** 0.5)
     published = {c.width: c.num_heads for c in dit_presets().values() if c.num_classes == 1000}
-    table = sincos_grid(width, side, side)
-    fixed = tensors["pos_embed"].device.type == "meta" or torch.equal(
-        tensors["pos_embed"][0], table.to(tensors["pos_embed"].dtype)
-    )
+    # Only the very table is computed anew: one that was trained, or rounded to half precision, is kept as it is.
+    fixed = torch.equal(tensors["pos_embed"][0], sincos_grid(width, side, side))
     return DiTConfig(
         image_size=(side * patch_size, side * patch_size),
         in_channels=channels,
         patch_size=patch_size,
         width=width,
-        depth=1 + max(int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))),
+        depth=depth_of(tensors),
         # The file does not say the number of heads: the paper's sizes do, others have heads of 64.
         num_heads=published.get(width, max(1, width // 64)),
         num_classes=tensors["y_embedder.embedding_table.weight"].shape[0] - 1,

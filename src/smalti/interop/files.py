@@ -1,5 +1,6 @@
 """Reading and writing tensor files: safetensors (one or sharded) and PyTorch's pickles, nothing of them executed."""
 
+import hashlib
 import json
 import pickle
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,17 +16,39 @@ from smalti.types import UserError
 
 _INDEX = ".safetensors.index.json"
 WEIGHTS = "diffusion_pytorch_model"  # the stem that diffusers gives a network's files
+_CHECKSUM = "smalti_sha256"
 _MAX_SHARD_BYTES = 10 * 2**30  # as diffusers splits
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' bytes in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file. Raises UserError for a missing or damaged one."""
+    """The tensors of one file.
+
+    Raises UserError for a missing or damaged one: files that smalti wrote carry a checksum of their values; in others
+    damage inside a tensor shows only where it leaves a value that is not finite.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            digest = (file.metadata() or {}).get(_CHECKSUM)
     except (SafetensorError, ValueError, KeyError, OSError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    if digest is not None and digest != _digest(tensors):
+        raise UserError(f"{path} is damaged: its checksum does not match")
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if broken:
+        raise UserError(f"{path} is damaged: {broken[0]} holds values that are not finite")
+    return tensors
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -65,8 +88,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is missing") from None
     except pickle.UnpicklingError:
         body = read_tensors_only(path)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path} is damaged or no PyTorch file: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged pickle may raise anything
+        raise UserError(
+            f"{path} is damaged or no PyTorch file: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from None
     return _state_dict(body, path)
 
 
@@ -107,6 +132,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one file. Raises UserError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(plain, path, metadata={"format": "pt", _CHECKSUM: _digest(plain)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from None

@@ -20,12 +20,16 @@ _LISTED = 8  # keys that an error names before it only counts
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of ours and tensors of theirs that hold the same numbers."""
+    """Tensors of ours and tensors of theirs that hold the same numbers.
+
+    optional: theirs may lack them (a table that their program can compute); they are written all the same.
+    """
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     to_ours: Callable[[Tensors], Tensors]
     to_theirs: Callable[[Tensors], Tensors]
+    optional: bool = False
 
 
 def _same(tensors: Tensors) -> Tensors:
@@ -80,8 +84,11 @@ def copied(ours: str, theirs: Sequence[str]) -> Rule:
     return Rule((ours,), tuple(theirs), one, lambda tensors: tuple(tensors[0].clone() for _ in theirs))
 
 
-def computed(theirs: str, value: Callable[[], Tensor]) -> Rule:
-    """A tensor that they store and we compute, such as a fixed table of positions; another value is an error."""
+def computed(theirs: str, value: Callable[[], Tensor], optional: bool = False) -> Rule:
+    """A tensor that they store and we compute, such as a fixed table of positions; another value is an error.
+
+    optional: some of their files lack it.
+    """
 
     def drop(tensors: Tensors) -> Tensors:
         expected = value()
@@ -89,7 +96,7 @@ def computed(theirs: str, value: Callable[[], Tensor]) -> Rule:
             raise UserError(f"{theirs} is not the table that its config calls for")
         return ()
 
-    return Rule((), (theirs,), drop, lambda _: (value(),))
+    return Rule((), (theirs,), drop, lambda _: (value(),), optional)
 
 
 def with_bias(rule: Callable[[str, str], Rule], ours: str, theirs: str) -> tuple[Rule, Rule]:
@@ -103,21 +110,34 @@ def joined_with_bias(ours: str, theirs: Sequence[str], sizes: Sequence[int] | No
     return weight, bias
 
 
+def patch_convolution(ours: str, theirs: str, width: int, channels: int, patch_size: int) -> tuple[Rule, Rule]:
+    """A patch embedding: a matrix with us, a convolution's kernel with them; and its bias."""
+    matrix, kernel = (width, channels * patch_size**2), (width, channels, patch_size, patch_size)
+    return reshaped(f"{ours}.weight", f"{theirs}.weight", matrix, kernel), renamed(f"{ours}.bias", f"{theirs}.bias")
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The rules of one network in one foreign format. Raises AssertionError if a tensor is named twice."""
+    """The rules of one network in one foreign format. Raises AssertionError if a tensor is named twice.
+
+    ignored: tensors that some of their files have and no forward reads, such as a head for training; never written.
+    """
 
     rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        assert not any(rule.ours for rule in self.rules if rule.optional), "an optional rule has nothing of ours"
         for names in ([n for r in self.rules for n in r.ours], [n for r in self.rules for n in r.theirs]):
             twice = {name for name, group in itertools.groupby(sorted(names)) if len(list(group)) > 1}
             assert not twice, f"named twice in one layout: {sorted(twice)[:3]}"
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our state dict from theirs, which must be whole (check_against says so)."""
+        """Our state dict from theirs, which must be whole (check says so)."""
         ours: dict[str, Tensor] = {}
         for rule in self.rules:
+            if rule.optional and not tensors.keys() >= set(rule.theirs):
+                continue
             ours.update(zip(rule.ours, rule.to_ours(tuple(tensors[name] for name in rule.theirs)), strict=True))
         return ours
 
@@ -127,6 +147,16 @@ class Layout:
         for rule in self.rules:
             theirs.update(zip(rule.theirs, rule.to_theirs(tuple(tensors[name] for name in rule.ours)), strict=True))
         return theirs
+
+    def check(self, tensors: Mapping[str, Tensor], our_shapes: Mapping[str, Tensor], source: str) -> None:
+        """Compare theirs with what our network needs. Raises UserError that lists what is missing, surplus, misshapen.
+
+        our_shapes: our state dict, on the meta device.
+        """
+        optional = {name for rule in self.rules if rule.optional for name in rule.theirs}
+        expected = self.to_theirs(our_shapes)
+        given = {name: tensor for name, tensor in tensors.items() if name not in self.ignored}
+        check_tensors(given, {n: t for n, t in expected.items() if n in given or n not in optional}, source)
 
 
 def _listing(title: str, entries: Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ def _our_shapes(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _translated(tensors: Mapping[str, Tensor], config: ModelConfig, layout: Layout, source: str) -> dict[str, Tensor]:
-    check_tensors(tensors, layout.to_theirs(_our_shapes(config)), source)
+    layout.check(tensors, _our_shapes(config), source)
     return layout.to_ours(tensors)
 
 
@@ -86,15 +86,16 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _read_diffusers(folder: Path, body: Mapping[str, Any]) -> Weights:
-    form = format_of_class(str(body["_class_name"]))
+    form = format_of_class(str(body["_class_name"]), body.get("norm_type"))
     config = form.read_config(body)
     tensors = read_folder(folder)
     return Weights(config, _translated(tensors, config, form.diffusers(config), str(folder)), "diffusers")
 
 
 def _read_module(module: nn.Module) -> Weights:
-    form = format_of_class(type(module).__name__)
-    config = form.read_config(dict(getattr(module, "config", {})))
+    body = dict(getattr(module, "config", {}))
+    form = format_of_class(type(module).__name__, body.get("norm_type"))
+    config = form.read_config(body)
     name = type(module).__name__
     return Weights(config, _translated(module.state_dict(), config, form.diffusers(config), name), "diffusers")
 

@@ -7,15 +7,35 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from smalti.models import dit, unet, zimage
+from smalti.models import amused, dit, flux, ltx, mmdit, pixart, sana, unet, uvit, video_dit, zimage
+from smalti.models.amused import Amused, AmusedConfig
 from smalti.models.dit import DiT, DiTConfig
+from smalti.models.flux import Flux, FluxConfig
+from smalti.models.ltx import LTX, LTXConfig
+from smalti.models.mmdit import MMDiT, MMDiTConfig
+from smalti.models.pixart import PixArt, PixArtConfig
+from smalti.models.sana import Sana, SanaConfig
 from smalti.models.unet import UNet, UNetConfig
+from smalti.models.uvit import UViT, UViTConfig
+from smalti.models.video_dit import VideoDiT, VideoDiTConfig
 from smalti.models.zimage import ZImage, ZImageConfig
 from smalti.types import unknown_name
 
-ModelConfig = DiTConfig | UNetConfig | ZImageConfig  # the union of all config_types below
-# Of those that the recipes train: image_size, in_channels and num_classes say on what.
-LabelledModelConfig = DiTConfig | UNetConfig
+# The union of all config_types below, and of those that recipes train (image_size, in_channels, num_classes).
+ModelConfig = (
+    DiTConfig
+    | UViTConfig
+    | UNetConfig
+    | MMDiTConfig
+    | FluxConfig
+    | PixArtConfig
+    | SanaConfig
+    | VideoDiTConfig
+    | LTXConfig
+    | AmusedConfig
+    | ZImageConfig
+)
+LabelledModelConfig = DiTConfig | UViTConfig | UNetConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +54,15 @@ class Architecture:
 
 _ARCHITECTURES = (
     Architecture(DiTConfig, DiT, dit.dit_presets, dit.forward_flops),
+    Architecture(UViTConfig, UViT, uvit.uvit_presets, uvit.forward_flops),
     Architecture(UNetConfig, UNet, unet.unet_presets, unet.forward_flops),
+    Architecture(MMDiTConfig, MMDiT, mmdit.mmdit_presets, mmdit.forward_flops),
+    Architecture(FluxConfig, Flux, flux.flux_presets, flux.forward_flops),
+    Architecture(PixArtConfig, PixArt, pixart.pixart_presets, pixart.forward_flops),
+    Architecture(SanaConfig, Sana, sana.sana_presets, sana.forward_flops),
+    Architecture(VideoDiTConfig, VideoDiT, video_dit.video_dit_presets, video_dit.forward_flops),
+    Architecture(LTXConfig, LTX, ltx.ltx_presets, ltx.forward_flops),
+    Architecture(AmusedConfig, Amused, amused.amused_presets, amused.forward_flops),
     Architecture(ZImageConfig, ZImage, zimage.zimage_presets, zimage.forward_flops),
 )
 

@@ -4,6 +4,7 @@ Shapes: B batch, N query tokens, M key tokens, H heads, K head width, D = H K.
 """
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -15,8 +16,8 @@ from smalti.nn.positions import rotate_pairs
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# Up to here a plain product and softmax beats PyTorch's fused CPU kernel (49 tokens: 12 ms against 22 ms, forward
-# and backward); past it the N x N matrix falls out of the cache.
+# In training, up to here a plain product and softmax beats PyTorch's fused CPU kernel (49 tokens: 12 ms against 22 ms,
+# forward and backward); past it the N x N matrix falls out of the cache. A forward alone is faster with the kernel.
 _PLAIN_ATTENTION_TOKENS = 256
 
 
@@ -29,7 +30,8 @@ def attention(
     """softmax(q k^T / sqrt(K)) v, by whichever way is fastest on this device; keys where mask_BM is False count for
     nothing. Source: Vaswani et al. 2017, eq. 1."""
     batch, heads, tokens, width = q_BHNK.shape
-    if q_BHNK.device.type != "cpu" or k_BHMK.shape[2] > _PLAIN_ATTENTION_TOKENS or mask_BM is not None:
+    plain = q_BHNK.requires_grad and q_BHNK.device.type == "cpu" and k_BHMK.shape[2] <= _PLAIN_ATTENTION_TOKENS
+    if mask_BM is not None or not plain:
         mask = None if mask_BM is None else mask_BM[:, None, None, :]
         return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask)
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q_BHNK, k_BHMK, v_BHMK))
@@ -54,34 +56,74 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Normalise the last axis; the statistic is taken in float32."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with fused q, k, v; optionally QK-norm (per head) and rotary positions."""
+def split_qkv(qkv_BNE: Float[Tensor, "B N E"], num_heads: int) -> Float[Tensor, "3 B H N K"]:
+    """The heads of [q | k | v], E = 3 H K, as views."""
+    heads: Tensor = qkv_BNE.unflatten(-1, (3, num_heads, -1))
+    return heads.permute(2, 0, 3, 1, 4)
 
-    identity_map = False  # True in a view: each token attends to itself alone, so that its value passes straight
+
+class HeadProjection(nn.Module):
+    """Tokens to the queries, keys and values of each head in one product; optionally with QK-norm.
+
+    norm_type(width, norm_eps): the QK-norm, such as RMSNorm or nn.LayerNorm, of each head on its own or, with
+    norm_across_heads, of all heads' features together (LTX-Video, Wan).
+    """
 
     def __init__(
-        self, width: int, num_heads: int, qk_norm: bool = False, bias: bool = True, norm_eps: float = 1e-6
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        bias: bool = True,
+        norm_eps: float = 1e-6,
+        norm_type: Callable[[int, float], nn.Module] = RMSNorm,
+        norm_across_heads: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.norm_across_heads = num_heads, norm_across_heads
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
-        self.q_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
+        norm_width = width if norm_across_heads else width // num_heads
+        self.q_norm = norm_type(norm_width, norm_eps) if qk_norm else None
+        self.k_norm = norm_type(norm_width, norm_eps) if qk_norm else None
 
     def project(
         self, x_BND: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B H N K"], Float[Tensor, "B H N K"], Float[Tensor, "B H N K"]]:
-        """q, k (both normed where QK-norm is on) and v of the tokens, before rotary positions."""
-        batch, tokens, _ = x_BND.shape
-        qkv_BNTHK = self.qkv(x_BND).view(batch, tokens, 3, self.num_heads, -1)
-        q_BHNK, k_BHNK, v_BHNK = qkv_BNTHK.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        """q, k (both normed where QK-norm is on) and v of the tokens, before rotary positions; they may be views."""
+        if self.norm_across_heads and self.q_norm is not None and self.k_norm is not None:
+            q_BND, k_BND, v_BND = self.qkv(x_BND).chunk(3, dim=-1)
+            q_BND, k_BND = self.q_norm(q_BND), self.k_norm(k_BND)
+            return tuple(split_heads(part, self.num_heads) for part in (q_BND, k_BND, v_BND))  # type: ignore[return-value]
+        q_BHNK, k_BHNK, v_BHNK = split_qkv(self.qkv(x_BND), self.num_heads).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
         return q_BHNK, k_BHNK, v_BHNK
+
+
+class SelfAttention(HeadProjection):
+    """Multi-head self-attention with fused q, k, v; optionally QK-norm (as HeadProjection's) and rotary positions.
+
+    bias: of q, k, v and, unless out_bias says otherwise, of the last layer.
+    """
+
+    identity_map = False  # True in a view: each token attends to itself alone, so that its value passes straight
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        bias: bool = True,
+        norm_eps: float = 1e-6,
+        norm_type: Callable[[int, float], nn.Module] = RMSNorm,
+        norm_across_heads: bool = False,
+        out_bias: bool | None = None,
+    ) -> None:
+        super().__init__(width, num_heads, qk_norm, bias, norm_eps, norm_type, norm_across_heads)
+        self.out = nn.Linear(width, width, bias=bias if out_bias is None else out_bias)
 
     def forward(
         self,
@@ -105,7 +147,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to a context, with fused k, v; optionally QK-norm (per head)."""
+    """Multi-head attention of tokens to a context, with fused k, v; optionally QK-norm (per head, or over all)."""
 
     def __init__(
         self,
@@ -116,14 +158,16 @@ class CrossAttention(nn.Module):
         bias: bool = True,
         out_bias: bool = True,
         norm_eps: float = 1e-6,
+        norm_across_heads: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.norm_across_heads = num_heads, norm_across_heads
         self.q = nn.Linear(width, width, bias=bias)
         self.kv = nn.Linear(context_width, 2 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=out_bias)
-        self.q_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(width // num_heads, norm_eps) if qk_norm else None
+        norm_width = width if norm_across_heads else width // num_heads
+        self.q_norm = RMSNorm(norm_width, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(norm_width, norm_eps) if qk_norm else None
 
     def forward(
         self,
@@ -132,13 +176,19 @@ class CrossAttention(nn.Module):
         mask_BM: Bool[Tensor, "B M"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         """Each token attends to the context of its own row; context where mask_BM is False is not seen."""
-        batch, tokens, _ = x_BND.shape
-        q_BHNK = self.q(x_BND).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
-        kv_BMTHK = self.kv(context_BMI).view(batch, context_BMI.shape[1], 2, self.num_heads, -1)
-        k_BHMK, v_BHMK = kv_BMTHK.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.q_norm is not None and self.k_norm is not None:
+        q_BND = self.q(x_BND)
+        k_BMD, v_BMD = self.kv(context_BMI).chunk(2, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None and self.norm_across_heads:
+            q_BND, k_BMD = self.q_norm(q_BND), self.k_norm(k_BMD)
+        q_BHNK, k_BHMK, v_BHMK = (split_heads(z, self.num_heads) for z in (q_BND, k_BMD, v_BMD))
+        if self.q_norm is not None and self.k_norm is not None and not self.norm_across_heads:
             q_BHNK, k_BHMK = self.q_norm(q_BHNK), self.k_norm(k_BHMK)
         return self.out(merge_heads(attention(q_BHNK, k_BHMK, v_BHMK, mask_BM)))  # type: ignore[no-any-return]
+
+
+def split_heads(x_BND: Float[Tensor, "B N D"], num_heads: int) -> Float[Tensor, "B H N K"]:
+    """[B, N, H K] to [B, H, N, K], without a copy."""
+    return x_BND.view(*x_BND.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def merge_heads(x_BHNK: Float[Tensor, "B H N K"]) -> Float[Tensor, "B N D"]:

@@ -1,6 +1,6 @@
 """Embeddings: timesteps and other vectors, and pixels to tokens and back.
 
-Shapes: B batch, C channels, N tokens, D width, P = C * patch_size^2.
+Shapes: B batch, C channels, N tokens, D width, P values of a patch: C * patch_size^2, of videos times its frames.
 """
 
 import math
@@ -94,3 +94,26 @@ def unpatchify(
     )  # fmt: skip
     tiles = x_BNP.reshape(batch, height // p, width // p, *inside)
     return tiles.permute(axes).reshape(batch, channels, height, width)
+
+
+def patchify_video(
+    x_BCFHW: Float[Tensor, "B C frames height width"], patch_size: tuple[int, int, int]
+) -> Float[Tensor, "B N P"]:
+    """Videos to tokens, frame by frame and row-major; patch_size is (frames, rows, columns).
+
+    Inside a token the order is (channel, frame, row, column), as a patch convolution's.
+    """
+    batch, channels, frames, height, width = x_BCFHW.shape
+    f, p, q = patch_size
+    tiles = x_BCFHW.reshape(batch, channels, frames // f, f, height // p, p, width // q, q)
+    return tiles.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, channels * f * p * q)
+
+
+def unpatchify_video(
+    x_BNP: Float[Tensor, "B N P"], patch_size: tuple[int, int, int], frames: int, height: int, width: int
+) -> Float[Tensor, "B C frames height width"]:
+    """Tokens to videos of that many frames, rows and columns: the inverse of patchify_video."""
+    batch, _, values = x_BNP.shape
+    f, p, q = patch_size
+    tiles = x_BNP.reshape(batch, frames // f, height // p, width // q, values // (f * p * q), f, p, q)
+    return tiles.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, -1, frames, height, width)

@@ -71,17 +71,26 @@ def _check_learning_rate(name: str, value: float) -> None:
 def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
     """The nearest (semi-)orthogonal matrix of each [count, rows, columns], rows <= columns, by Newton-Schulz steps.
 
-    The polynomials are multiplied up on the small Gram matrices and applied to the matrices once, which for wide
-    matrices takes half the operations of iterating on them.
+    For wide matrices the polynomials are multiplied up on the small Gram matrices and applied to the matrices once,
+    which takes fewer operations than iterating on the matrices; for nearly square ones it is the other way round.
     """
-    x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) * 1.02 + 1e-7)
+    x: Tensor = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) * 1.02 + 1e-7)
+    coefficients = _POLAR_EXPRESS[:steps]
+    rows, columns = x.shape[-2:]
+    if 2 * columns <= 3 * rows:
+        for a, b, c in coefficients:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
     gram = x @ x.mT
-    identity = torch.eye(gram.shape[-1], device=x.device, dtype=x.dtype).expand_as(gram)
-    product = identity
-    for a, b, c in _POLAR_EXPRESS[:steps]:
-        polynomial = torch.baddbmm(gram * b, gram, gram, alpha=c) + a * identity
-        product = polynomial if product is identity else polynomial @ product
-        gram = polynomial @ gram @ polynomial
+    product: Tensor | None = None
+    for number, (a, b, c) in enumerate(coefficients):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if number + 1 < len(coefficients):
+            gram = polynomial @ gram @ polynomial
+    assert product is not None
     update: Tensor = product @ x
     return update
 

@@ -19,8 +19,3 @@ def recipe(name: str) -> RunConfig:
     if name not in _RECIPES:
         raise unknown_name("recipe", name, _RECIPES)
     return _RECIPES[name]()
-
-
-def recipe_summary(name: str) -> str:
-    """The first line of a recipe's docstring."""
-    return (_RECIPES[name].__doc__ or "").strip().splitlines()[0]

@@ -26,7 +26,13 @@ def mnist() -> RunConfig:
         schedule=Schedule(),
         ema=PowerEma(),
         loop=LoopConfig(
-            batch_size=32, stratified_timesteps=True, validate_every=400, checkpoint_every=500, preview_every=1000
+            batch_size=32,
+            stratified_timesteps=True,
+            validate_every=400,
+            checkpoint_every=500,
+            preview_every=1000,
+            precision="auto",
+            compile=True,
         ),
         sampling=SamplingConfig(),
     )

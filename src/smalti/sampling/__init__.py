@@ -11,7 +11,6 @@ from smalti.sampling.guidance import (
     perturbed_attention,
 )
 from smalti.sampling.guidance_schedules import (
-    ConstantScale,
     CosineScale,
     GuidanceScale,
     GuidanceSchedule,
@@ -29,7 +28,6 @@ __all__ = [
     "Autoguidance",
     "ClassifierFreeGuidance",
     "ClippedDenoiser",
-    "ConstantScale",
     "CosineScale",
     "DynamicThreshold",
     "GuidanceOptions",

@@ -6,8 +6,9 @@ The one solver that is not a table: where it evaluates depends on what it saw.
 import torch
 from torch import Tensor
 
+from smalti.diffusion.prediction import convert_prediction, per_sample
 from smalti.diffusion.processes import Process
-from smalti.sampling.solvers.flow import is_discrete
+from smalti.rng import widest_float
 from smalti.types import Condition, Denoiser, UserError
 
 # Source: Dormand and Prince 1980, table 2 (RK5(4)7M): nodes, stages, and the difference of the two results' weights.
@@ -39,15 +40,7 @@ class _Field:
 
     def velocity(self, x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         """alpha' x0 + sigma' eps. Source: SiT (Ma et al. 2024), eq. 4."""
-        x0 = self.estimate(x, t, rows)
-        process, t = self.process, t.double()
-        rate = process.sigma_dot(t) / process.sigma(t)
-        return _column(rate, x) * x + _column(process.alpha_dot(t) - rate * process.alpha(t), x) * x0
-
-
-def _column(value: Tensor, like: Tensor) -> Tensor:
-    """[batch] to [batch, 1, ..., 1] in the precision of like."""
-    return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+        return convert_prediction("x0", "velocity", self.process, t, x, self.estimate(x, t, rows))
 
 
 def solve_adaptive(
@@ -72,7 +65,7 @@ def solve_adaptive(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not value > 0.0:
             raise UserError(f"{name}={value} must be above 0")
-    if is_discrete(process):
+    if process.discrete:
         raise UserError(f"process {process.name!r} is a table of steps: solve_adaptive needs a continuous one")
     start = process.t_max if t_start is None else t_start
     end = 0.0 if t_end is None else t_end
@@ -85,19 +78,15 @@ def solve_adaptive(
     if start > last:
         x = _integrate(field, x, start, last, rtol, atol)
     if end == 0.0:
-        t = torch.full((len(x),), min(start, last), dtype=_time_dtype(x), device=x.device)
+        t = torch.full((len(x),), min(start, last), dtype=widest_float(x.device), device=x.device)
         x = field.estimate(x, t, torch.arange(len(x), device=x.device))
     return x, field.calls
-
-
-def _time_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _integrate(field: _Field, x: Tensor, start: float, end: float, rtol: float, atol: float) -> Tensor:
     """Rows that are not at the end yet make a trial step together; each keeps or refuses its own."""
     x = x.clone()
-    t = torch.full((len(x),), start, dtype=_time_dtype(x), device=x.device)
+    t = torch.full((len(x),), start, dtype=widest_float(x.device), device=x.device)
     step = torch.full_like(t, _FIRST_STEP * (start - end))
     slope = field.velocity(x, t, torch.arange(len(x), device=x.device))
     live = torch.arange(len(x), device=x.device)
@@ -107,11 +96,11 @@ def _integrate(field: _Field, x: Tensor, start: float, end: float, rtol: float, 
         slopes = [slope[live]]
         trial = x_live
         for node, weights in zip(_NODES, _STAGES, strict=True):
-            trial = x_live - _column(h, x) * _sum(weights, slopes)
+            trial = x_live - per_sample(h, x) * _sum(weights, slopes)
             slopes.append(field.velocity(trial, t_live - node * h, live))
         # The fifth-order result is the last stage, and its slope the next step's first (FSAL).
         allowed = atol + rtol * torch.maximum(x_live.abs(), trial.abs())
-        error = (_column(h, x) * _sum(_ERROR, slopes) / allowed).square().flatten(1).mean(1).sqrt().to(t.dtype)
+        error = (per_sample(h, x) * _sum(_ERROR, slopes) / allowed).square().flatten(1).mean(1).sqrt().to(t.dtype)
         # Hairer, Norsett, Wanner 1993, section II.4, eq. 4.13. A NaN is a refused step.
         factor = (_SAFETY * error.clamp(min=1e-10) ** -0.2).clamp(_LEAST_FACTOR, _MOST_FACTOR).nan_to_num(_LEAST_FACTOR)
         kept = error <= 1.0

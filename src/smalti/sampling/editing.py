@@ -7,6 +7,7 @@ from torch import Tensor
 
 from smalti.diffusion.objective import noisy_input
 from smalti.diffusion.processes import Process
+from smalti.rng import widest_float
 from smalti.sampling.wrapped import Estimate, Estimator, WrappedDenoiser
 from smalti.types import Condition, Denoiser, UserError
 
@@ -32,8 +33,8 @@ def noised(process: Process, x0: Tensor, t: float, eps: Tensor) -> Tensor:
         raise UserError(f"t={t} must lie in [0, 1]")
     if eps.shape != x0.shape:
         raise UserError(f"eps has shape {tuple(eps.shape)}, that of x0 is needed: {tuple(x0.shape)}")
-    time_dtype = torch.float32 if x0.device.type == "mps" else torch.float64
-    return noisy_input(process, torch.full((x0.shape[0],), t, dtype=time_dtype, device=x0.device), x0, eps)
+    times = torch.full((x0.shape[0],), t, dtype=widest_float(x0.device), device=x0.device)
+    return noisy_input(process, times, x0, eps)
 
 
 def _check_mask(mask: Tensor, known: Tensor) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smalti.diffusion.prediction import per_sample
 from smalti.diffusion.processes import Process
 from smalti.types import UserError
 
@@ -42,18 +43,7 @@ def scale_at(field: str, scale: GuidanceScale, t: Tensor, like: Tensor) -> float
     rows = scale if isinstance(scale, Tensor) else scale(t)
     if rows.shape != t.shape:
         raise UserError(f"{field} has shape {tuple(rows.shape)}, one scale a sample is needed: {tuple(t.shape)}")
-    return rows.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-
-
-@dataclass(frozen=True)
-class ConstantScale:
-    """The same scale at every t."""
-
-    scale: float
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """t [batch] -> scale [batch]."""
-        return torch.full_like(t, self.scale)
+    return per_sample(rows, like)
 
 
 @dataclass(frozen=True)

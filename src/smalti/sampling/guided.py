@@ -12,7 +12,7 @@ from smalti.sampling.guidance import (
     PerturbedAttentionGuidance,
     RescaledGuidance,
 )
-from smalti.sampling.guidance_schedules import CosineScale, GuidanceScale, IntervalScale, LinearScale
+from smalti.sampling.guidance_schedules import CosineScale, GuidanceScale, IntervalScale, LinearScale, is_off
 from smalti.types import Condition, Denoiser, UserError
 
 
@@ -73,11 +73,10 @@ def guide(
     null: the unconditional or negative condition, a row a sample. perturbed: the denoiser with identity attention, for
     pag_scale. Raises UserError naming guidance_scale where there is no null condition.
     """
-    if isinstance(guidance_scale, float | int) and guidance_scale == 1.0 and not options.pag_scale:
+    off = is_off(guidance_scale, 1.0)
+    if off and not options.pag_scale:
         return denoiser
-    scale = guidance_scale if isinstance(guidance_scale, float | int) and guidance_scale == 1.0 else scheduled(
-        guidance_scale, options
-    )  # fmt: skip
+    scale = guidance_scale if off else scheduled(guidance_scale, options)
     if options.pag_scale:
         assert perturbed is not None
         return PerturbedAttentionGuidance(denoiser, null, scale, perturbed, options.pag_scale)

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smalti import rng
+from smalti.diffusion.denoiser import x0_and_variance
 from smalti.diffusion.processes import Process
+from smalti.sampling.wrapped import Estimator, x0_alone
 from smalti.types import Condition, Denoiser, UserError
 
 Row = NDArray[np.float64]  # one linear combination of [registers..., x0, z]
@@ -246,28 +248,14 @@ def _rows_of(cond: Condition, rows: Tensor) -> Condition:
     return cond.map(lambda value: value[rows])
 
 
-def _gather(live: Sequence[Trajectories], sizes: Sequence[int], time_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gather(live: Sequence[Trajectories], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """x and t of all live rows, in the order of the groups."""
     device = live[0].x.device
-    times = [
-        torch.full((size,), group.t, dtype=time_dtype, device=device) for size, group in zip(sizes, live, strict=True)
-    ]
+    dtype = rng.widest_float(device)
+    times = [torch.full((size,), group.t, dtype=dtype, device=device) for size, group in zip(sizes, live, strict=True)]
     if len(live) == 1:
         return live[0].x, times[0]
     return torch.cat([group.x for group in live]), torch.cat(times)
-
-
-def _estimate(
-    denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition | None, variance: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The x0 estimate and, where asked for, the variance logits of a learned sigma."""
-    if not variance:
-        return denoiser(x, t, cond), None
-    with_variance = getattr(denoiser, "with_variance", None)
-    if with_variance is None:
-        raise UserError(f'variance="learned" needs a denoiser with with_variance; {type(denoiser).__name__} has none')
-    x0, logits = with_variance(x, t, cond)
-    return x0, logits
 
 
 def run_plans(
@@ -301,7 +289,6 @@ def run_plans(
         whole = len(members) == 1
         live.append(Trajectories(plan, rows, seeds if whole else seeds[rows], x if whole else x[rows]))
     end = torch.empty_like(x)
-    time_dtype = torch.float32 if x.device.type == "mps" else torch.float64
     total, tick, gathered = max((plan.num_calls for plan in members), default=0), 0, -1
     while live:
         if gathered != len(live):
@@ -310,8 +297,9 @@ def run_plans(
             sizes = [len(group.rows) for group in live]
             denoiser = denoiser_for(rows)
             live_cond = cond if cond is None or len(members) == 1 else _rows_of(cond, rows)
-            variance = any(group.plan.noise_log_ratio is not None for group in live)
-        x0, logits = _estimate(denoiser, *_gather(live, sizes, time_dtype), live_cond, variance)
+            learned = any(group.plan.noise_log_ratio is not None for group in live)
+            estimate: Estimator = x0_and_variance if learned else x0_alone
+        x0, logits = estimate(denoiser, *_gather(live, sizes), live_cond)
         if len(live) == 1:
             live[0].advance(x0, logits)
         else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smalti.diffusion.prediction import per_sample
 from smalti.sampling.wrapped import Estimate, Estimator, WrappedDenoiser
 from smalti.types import Condition, Denoiser, UserError
 
@@ -33,8 +34,7 @@ def dynamic_threshold(x0: Tensor, quantile: float, max_value: float) -> Tensor:
     x0: [batch, ...], in the range [-1, 1] when it is right. Source: Imagen (Saharia et al. 2022), section 2.3.
     """
     magnitude = x0.flatten(1).abs().to(torch.promote_types(x0.dtype, torch.float32))  # no quantiles in half precision
-    s = torch.quantile(magnitude, quantile, dim=1).clamp(1.0, max_value).to(x0.dtype)
-    s = s.reshape(-1, *[1] * (x0.ndim - 1))
+    s = per_sample(torch.quantile(magnitude, quantile, dim=1).clamp(1.0, max_value), x0)
     return torch.clamp(x0, -s, s) / s
 
 

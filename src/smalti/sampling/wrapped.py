@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from smalti.types import Condition, Denoiser, UserError
+from smalti.diffusion.denoiser import x0_and_variance
+from smalti.types import Condition, Denoiser
 
 Estimate = tuple[Tensor, Tensor | None]  # x0 and, where asked for, the variance logits of a learned sigma
 Estimator = Callable[[Denoiser, Tensor, Tensor, Condition | None], Estimate]
@@ -14,15 +15,6 @@ Estimator = Callable[[Denoiser, Tensor, Tensor, Condition | None], Estimate]
 def x0_alone(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition | None) -> Estimate:
     """The x0 estimate, no variance logits."""
     return denoiser(x, t, cond), None
-
-
-def x0_and_variance(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition | None) -> Estimate:
-    """The x0 estimate and the variance logits. Raises UserError where the denoiser has none."""
-    with_variance = getattr(denoiser, "with_variance", None)
-    if with_variance is None:
-        raise UserError(f"denoiser {type(denoiser).__name__} has no with_variance: a network with learned sigma has it")
-    x0, logits = with_variance(x, t, cond)
-    return x0, logits
 
 
 class WrappedDenoiser(ABC):

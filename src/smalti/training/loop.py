@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from smalti.pipeline import Pipeline
 from smalti.run_folder import RunFolder, read_config, read_record, write_config, write_json
 from smalti.training.batch import Batch, training_batch, validation_batch
 from smalti.training.display import TrainingDisplay, terminal_display
+from smalti.training.forward import compile_blocks, missing_for_compilation, product_precision, repays_compilation
 from smalti.training.metrics import MetricLogs, truncate_log
 from smalti.training.state import TrainingState, new_state, restore_state, save_state
 from smalti.types import Backbone, UserError
@@ -128,9 +128,9 @@ def train(
     with the same bytes of weights, averages and metrics. With a budget in minutes the schedule follows the clock.
     Raises UserError for the caller's mistakes, TrainingDiverged for a loss that is not finite, OSError for a full disk.
     """
+    state = new_state(config, torch.device(device))  # before the folder: initial weights may not be to be had
     folder = prepare_folder(config, out, resume=resume, overwrite=overwrite)
     training_rows, held_out_rows = (_to_device(rows, device) for rows in load_digits())
-    state = new_state(config, torch.device(device))
     display = display or terminal_display()
     truncate_log(folder.metrics, _restore_newest(state, folder, display) if resume else 0)
     _write_record(folder, config, state, "running")
@@ -198,16 +198,16 @@ class _Run:
     def until_done(self, stop: threading.Event) -> Outcome:
         """Steps until the budget is spent or a stop is asked for; saves at the end either way."""
         state, loop = self.state, self.config.loop
-        network = torch.compile(state.model) if loop.compile else state.model
         last_time = time.perf_counter()
         window: list[float] = []  # seconds of the last steps, without validation and pictures
         progress = self._progress()
         if progress >= 1:
             self.display.message(f"already finished: {state.step} steps; a larger budget goes on")
             return "finished"
+        self._compile()
         while progress < 1 and not stop.is_set():
             started = time.perf_counter()
-            loss, gradient_norm, rate = self._step(network, progress)
+            loss, gradient_norm, rate = self._step(progress)
             window = [*window[-49:], time.perf_counter() - started]
             state.step += 1
             state.seconds += time.perf_counter() - last_time
@@ -240,12 +240,25 @@ class _Run:
         steps_left = self.state.step / max(progress, 1e-9) * (1 - progress)
         return steps_left * sum(window) / len(window)
 
-    def _step(self, network: Any, progress: float) -> tuple[float, float, float]:
+    def _compile(self) -> None:
+        if not (self.config.loop.compile and repays_compilation(self.config.budget)):
+            return
+        missing = missing_for_compilation(self.state.device)
+        if missing:
+            self.display.message(f"loop.compile: there is no {missing} here, so the blocks run as they are, slower")
+            return
+        self.display.message("compiling the blocks: the first step takes half a minute")
+        compile_blocks(self.state.model)
+
+    def _step(self, progress: float) -> tuple[float, float, float]:
         """Forward, backward, clip, update, average; returns loss, gradient norm and learning rate."""
-        config, state = self.config, self.state
+        config, state, network = self.config, self.state, self.state.model
+        assert isinstance(network, Backbone)
         factor = learning_rate_factor(config.schedule, state.step, progress)
         batch = training_batch(config, self.process, self.training_rows, state.step)
-        loss = per_sample_loss(network, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond).mean()
+        with product_precision(config.loop, state.device):
+            losses = per_sample_loss(network, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond)
+        loss = losses.mean()
         for parameter in state.parameters:
             parameter.grad = None
         loss.backward()

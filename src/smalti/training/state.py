@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from smalti.checkpoint import Checkpoint, save_checkpoint
-from smalti.config import RunConfig
+from smalti.config import RunConfig, flat_json
+from smalti.interop.load import read_weights
 from smalti.models.registry import build_model
 from smalti.optim.ema import update_ema
 from smalti.optim.optimizers import build_optimizers
+from smalti.types import UserError
 
 
 @dataclass
@@ -30,6 +32,11 @@ class TrainingState:
         """The trained weights."""
         return list(self.model.parameters())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
     def update_average(self, decay: float) -> None:
         """Move the average towards the weights."""
         update_ema(list(self.average.parameters()), list(self.model.parameters()), decay)
@@ -40,8 +47,19 @@ class TrainingState:
 
 
 def new_state(config: RunConfig, device: torch.device) -> TrainingState:
-    """The state before the first step."""
-    model = build_model(config.model, config.seed).to(device)
+    """The state before the first step. Raises UserError for initial weights of another network."""
+    model = build_model(config.model, config.seed)
+    if config.initial_weights is not None:
+        weights = read_weights(config.initial_weights)
+        if weights.config != config.model:
+            ours, theirs = flat_json(config.model), flat_json(weights.config)
+            name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
+            raise UserError(
+                f"initial_weights={config.initial_weights}: its {name} is {theirs.get(name)}, this run's is "
+                f"{ours.get(name)}; `smalti adapt` changes classes, size, patch and depth"
+            )
+        model.load_state_dict(weights.tensors)
+    model = model.to(device)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     return TrainingState(model, average, build_optimizers(config.optimizer, model))
 

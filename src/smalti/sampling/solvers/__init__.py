@@ -18,7 +18,7 @@ from smalti.sampling.plan import Plan
 from smalti.sampling.solvers.ancestral import ddim, ddpm
 from smalti.sampling.solvers.consistency import consistency, lcm
 from smalti.sampling.solvers.edm import edm_euler, edm_heun
-from smalti.sampling.solvers.flow import flow_euler, flow_heun, flow_midpoint, flow_rk4, is_discrete
+from smalti.sampling.solvers.flow import flow_euler, flow_heun, flow_midpoint, flow_rk4
 from smalti.sampling.solvers.interpolant import sde_euler, sde_heun
 from smalti.sampling.solvers.multistep import dpmpp_2m, dpmpp_3m, dpmpp_sde_1, dpmpp_sde_2m, dpmpp_sde_3m
 from smalti.sampling.solvers.singlestep import dpm_solver_1, dpm_solver_2, dpm_solver_3, dpmpp_2s, dpmpp_3s
@@ -99,7 +99,7 @@ _SOLVERS: dict[str, SolverEntry] = {
         last_step_size=0.04,
     ),
     "sde_heun": SolverEntry(
-        sde_heun, 1, "time", "Heun's drift after the noise (SiT)", _SIT, "sde", calls_per_step=2, in_t=True,
+        sde_heun, 2, "time", "Heun's drift after the noise (SiT)", _SIT, "sde", calls_per_step=2, in_t=True,
         last_step_size=0.04,
     ),
     "lcm": SolverEntry(lcm, 1, "time", "for latent consistency models, 1 to 8 steps", (), "sde"),
@@ -158,7 +158,7 @@ def make_plan(
     """
     entry = solver_entry(name)
     _check_options(name, entry, options)
-    if entry.in_t and is_discrete(process):
+    if entry.in_t and process.discrete:
         raise UserError(
             f"process {process.name!r} is a table of steps: solver {name!r} needs a continuous one, "
             f"such as {process.name.removesuffix('_discrete')!r}"

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
 from smalti.sampling.plan import Plan, PlanDraft
-from smalti.sampling.solvers.nodes import nodes_of
+from smalti.sampling.solvers.nodes import implied_noise, nodes_of
 from smalti.types import UserError, unknown_name
 
 
@@ -17,14 +17,13 @@ def ddim(process: Process, times: NDArray[np.float64], *, eta: float = 0.0) -> P
     if not 0.0 <= eta <= 1.0:
         raise UserError(f"eta={eta} must lie in 0 .. 1")
     draft = PlanDraft("ddim", process)
-    x, x0, z = draft.symbols("x", "x0", "z")
+    x0, z = draft.symbols("x0", "z")
     for s, t in pairwise(nodes_of(process, times)):
-        eps = (x - s.alpha * x0) / s.sigma
         # sigma_t^2 / sigma_s^2 (1 - alpha_s^2 sigma_t^2 / (alpha_t^2 sigma_s^2)): eq. 16 for any alpha and sigma.
         remaining = (s.alpha * t.sigma / (t.alpha * s.sigma)) ** 2
         noise = eta * t.sigma * math.sqrt(max(1.0 - remaining, 0.0))
         kept = math.sqrt(max(t.sigma**2 - noise**2, 0.0))
-        draft.call(s.t, t.t, 1, x=t.alpha * x0 + kept * eps + noise * z)
+        draft.call(s.t, t.t, 1, x=t.alpha * x0 + kept * implied_noise(draft, s) + noise * z)
     return draft.finish()
 
 

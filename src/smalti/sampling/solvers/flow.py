@@ -25,11 +25,6 @@ def velocity(draft: PlanDraft, node: Node) -> Row:
     return weight_x * x + weight_x0 * x0
 
 
-def is_discrete(process: Process) -> bool:
-    """Whether the process is a table of steps, between which the path has no derivative to follow."""
-    return process.discrete
-
-
 def is_straight(process: Process) -> bool:
     """Whether x_t is a straight line from x0 to eps: alpha' and sigma' are constant."""
     t = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)

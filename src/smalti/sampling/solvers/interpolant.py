@@ -8,25 +8,26 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
 from smalti.sampling.plan import Plan, PlanDraft, Row
-from smalti.sampling.solvers.flow import velocity
-from smalti.sampling.solvers.nodes import Node, nodes_of
+from smalti.sampling.solvers.flow import velocity, velocity_weights
+from smalti.sampling.solvers.nodes import Node, implied_noise, nodes_of
 from smalti.types import UserError, unknown_name
 
 
 def _sbdm(process: Process, node: Node) -> float:
-    """-(alpha'/alpha) sigma^2 + sigma sigma' in our time: half the squared diffusion of the forward process."""
+    """-(alpha'/alpha) sigma^2 + sigma sigma' in our time: half the squared diffusion of the forward process.
+
+    The weight of x0 in the velocity is alpha' - sigma' alpha / sigma: minus this, times alpha / sigma^2.
+    """
     if node.alpha == 0.0:
         raise UserError(
             f'diffusion="sbdm" has no bound at pure noise: t_start={node.t} must be lower on {process.name}'
         )
-    t = torch.tensor(node.t, dtype=torch.float64)
-    alpha_dot, sigma_dot = float(process.alpha_dot(t)), float(process.sigma_dot(t))
-    return -alpha_dot / node.alpha * node.sigma**2 + node.sigma * sigma_dot
+    _, weight_x0 = velocity_weights(process, node)
+    return -weight_x0 * node.sigma**2 / node.alpha
 
 
 # D of dX = (v + D score) dtau + sqrt(2 D) dW. Source: SiT (Ma et al. 2024), table 2, and its code.
@@ -43,8 +44,7 @@ _LAST_STEPS = ("mean", "tweedie", "euler")
 
 def _drift(draft: PlanDraft, node: Node, diffusion: float) -> Row:
     """v + D score, in SiT's time. The score is -eps / sigma."""
-    x, x0 = draft.symbols("x", "x0")
-    return -velocity(draft, node) - diffusion * (x - node.alpha * x0) / node.sigma**2
+    return -velocity(draft, node) - diffusion / node.sigma * implied_noise(draft, node)
 
 
 def _sde(
@@ -84,9 +84,9 @@ def _sde(
             draft.call(s.t, t.t, 1, x=rows[last_step])
         elif heun:
             # The noise of a step comes before both of its calls: it is folded into the row before.
-            draft.call(s.t, t.t, 1, x=x + step * drift, anchor=x, h1=drift)
+            draft.call(s.t, t.t, 2, x=x + step * drift, anchor=x, h1=drift)
             both = draft.symbol("h1") + _drift(draft, t, diffusions[i + 1])
-            draft.call(t.t, t.t, 1, x=draft.symbol("anchor") + step / 2 * both + noise(i + 1) * z)
+            draft.call(t.t, t.t, 2, x=draft.symbol("anchor") + step / 2 * both + noise(i + 1) * z)
         else:
             draft.call(s.t, t.t, 1, x=x + step * drift + noise(i) * z)
     return draft.finish()

@@ -11,7 +11,6 @@ from smalti.sampling.solvers.nodes import (
     ExponentialStep,
     Node,
     data_step,
-    first_order,
     is_finite_step,
     multistep_order,
     nodes_of,
@@ -40,14 +39,12 @@ def _row(draft: PlanDraft, nodes: list[Node], i: int, order: int, solver_type: s
         h = t.log_snr - s.log_snr
         # e^-h is 0 where lambda is infinite: the step forgets x, and its coefficients stay finite.
         step = ExponentialStep(t.sigma / s.sigma * math.exp(-h), t.alpha, -2 * h)
-        first = t.alpha * -math.expm1(-2 * h)
-        row = step.ratio * x + first * x0 + t.sigma * math.sqrt(-math.expm1(-2 * h)) * z
+        row = step.ratio * x + step.first * x0 + t.sigma * math.sqrt(-math.expm1(-2 * h)) * z
     else:
-        row = first_order(draft, s, t)
+        step = data_step(s, t)
+        row = step.ratio * x + step.first * x0
     if order == 1:
         return row
-    if not sde:
-        step = data_step(s, t)
     slope, half_curvature = _differences(draft, nodes, i, order)
     if order == 2 and solver_type == "midpoint":
         return row + 0.5 * step.first * slope
@@ -69,7 +66,7 @@ def _multistep(
     if solver_type not in ("midpoint", "heun"):
         raise unknown_name("solver_type", solver_type, ("midpoint", "heun"))
     draft = PlanDraft(name, process, ("x", "h1", "h2")[:order])
-    history = draft.symbols("x0", "h1")[: order - 1] if order > 1 else []
+    history = draft.symbols(*("x0", "h1")[: order - 1])
     nodes = nodes_of(process, times)
     previous = 0
     for i in range(len(nodes) - 1):

@@ -96,6 +96,12 @@ def ddim_weights(s: Node, t: Node) -> tuple[float, float]:
     return ratio, t.alpha - ratio * s.alpha
 
 
+def implied_noise(draft: PlanDraft, node: Node) -> Row:
+    """The eps that the call's own x and x0 imply at a node, as a row."""
+    x, x0 = draft.symbols("x", "x0")
+    return (x - node.alpha * x0) / node.sigma
+
+
 def first_order(draft: PlanDraft, s: Node, t: Node) -> Row:
     """The exact first-order step as a row of x and x0."""
     weight_x, weight_x0 = ddim_weights(s, t)

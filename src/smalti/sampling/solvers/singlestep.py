@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
 from smalti.sampling.plan import Plan, PlanDraft, Row
-from smalti.sampling.solvers.nodes import ExponentialStep, Node, data_step, first_order, nodes_of, noise_step
+from smalti.sampling.solvers.nodes import (
+    ExponentialStep,
+    Node,
+    data_step,
+    first_order,
+    implied_noise,
+    nodes_of,
+    noise_step,
+)
 from smalti.types import unknown_name
 
 
@@ -89,8 +97,7 @@ def _step(s: Node, t: Node, eps: bool) -> ExponentialStep:
 
 def _model(draft: PlanDraft, node: Node, eps: bool) -> Row:
     """What the solver interpolates, at the call's own x: x0, or the eps that it implies."""
-    x, x0 = draft.symbols("x", "x0")
-    return (x - node.alpha * x0) / node.sigma if eps else x0
+    return implied_noise(draft, node) if eps else draft.symbol("x0")
 
 
 def _is_taylor(solver_type: str) -> bool:
