@@ -163,7 +163,7 @@ def test_recipes_take_it():
     assert from_json(RunConfig, json.loads(json.dumps(to_json(config)))) == config
     with pytest.raises(UserError, match=r"downsample_padding.*has no effect while resampling=residual"):
         apply_overrides(config, ["downsample_padding=0"])
-    with pytest.raises(UserError, match=r"needs model\.null_label=True"):
+    with pytest.raises(UserError, match="null_label=False"):
         apply_overrides(config, ["null_label=false"])
 
 

@@ -116,7 +116,9 @@ class RunConfig:
         if self.model.num_classes and self.model.num_classes < 10:
             raise UserError(f"model.num_classes={self.model.num_classes}: the digits have 10 classes (or 0: none)")
         if self.model.num_classes and self.loop.label_dropout and not getattr(self.model, "null_label", True):
-            raise UserError(f"loop.label_dropout={self.loop.label_dropout} needs model.null_label=True")
+            raise UserError(
+                f"model.null_label=False: loop.label_dropout={self.loop.label_dropout} needs the null label"
+            )
         if (self.model.in_channels, self.model.image_size) != (1, (28, 28)):
             raise UserError(
                 f"model.in_channels={self.model.in_channels}, model.image_size={self.model.image_size}: "

@@ -34,6 +34,7 @@ ModelConfig = (
     | VideoDiTConfig
     | LTXConfig
     | AmusedConfig
+    | ZImageConfig
 )
 LabelledModelConfig = DiTConfig | UViTConfig | UNetConfig
 

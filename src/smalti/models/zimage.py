@@ -18,7 +18,6 @@ Initialisation (not published for Z-Image; this is Lumina-Image 2.0's)
     output                zero: the network starts at 0
 """
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from smalti.nn.attention import RMSNorm, SelfAttention, attention_flops
 from smalti.nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from smalti.nn.feedforward import FeedForward, feedforward_flops
-from smalti.nn.positions import grid_positions, rope_angles
+from smalti.nn.positions import rope_angles, rope_grid
 from smalti.types import Condition, UserError
 
 _TOKEN_MULTIPLE = 32  # both sequences are filled up to a multiple of this
@@ -203,7 +202,8 @@ class ZImage(nn.Module):
             )
         mask_BM, seen_BM, seen_BN = cond.text_mask, None, None  # without a mask every token is seen
         if mask_BM is None:
-            rope_2NK = _shared_rope(grid, captions, config.rope_widths, config.rope_theta, x.device)
+            places_M, length = torch.arange(1, captions + 1, device=x.device), torch.tensor(captions, device=x.device)
+            rope_2NK = rope_of(grid, places_M, length, config.rope_widths, config.rope_theta)
         else:
             positions_BM, lengths_B = caption_positions(F.pad(mask_BM, (0, captions - mask_BM.shape[1])))
             rope_2NK = rope_of(grid, positions_BM, lengths_B, config.rope_widths, config.rope_theta)[:, :, None]
@@ -265,36 +265,20 @@ def rope_of(
     theta: float,
 ) -> Float[Tensor, "2 *rows N K"]:
     """Rotary angles of a picture's tokens and then its caption's, for captions at these places and of these lengths."""
-    grid_N3 = grid_positions(1, *grid, device=captions_M.device)
-    first = (lengths + 1)[..., None].expand(*lengths.shape, len(grid_N3))
-    rows_columns = grid_N3[:, 1:].expand(*first.shape, 2)
-    image_N3 = torch.cat([first[..., None].double(), rows_columns], dim=-1)
-    image_N3 = F.pad(image_N3, (0, 0, 0, padded_length(len(grid_N3)) - len(grid_N3)))  # padding stands at (0, 0, 0)
-    caption_M3 = F.pad(captions_M[..., None].double(), (0, 2))
-    return rope_angles(torch.cat([image_N3, caption_M3], dim=-2), widths, theta)
+    batch, tokens = lengths.shape, grid[0] * grid[1]
+    frame = rope_angles((lengths + 1)[..., None, None], widths[:1], theta)
+    rows_columns = rope_grid(grid, widths[1:], theta, captions_M.device)
+    rows_columns = rows_columns.view(2, *[1] * len(batch), *rows_columns.shape[1:])
+    image_N = torch.cat([frame.expand(2, *batch, tokens, -1), rows_columns.expand(2, *batch, -1, -1)], dim=-1)
+    caption_M = _unturned(rope_angles(captions_M[..., None], widths[:1], theta), 0, widths[1] + widths[2])
+    return torch.cat([_unturned(image_N, padded_length(tokens) - tokens, 0), caption_M], dim=-2)
 
 
-def _shared_rope(
-    grid: tuple[int, int], captions: int, widths: tuple[int, ...], theta: float, device: torch.device
-) -> Tensor:
-    """rope_of for captions that all fill their padded length; kept between forwards, but for torch.compile's."""
-    make = _new_shared_rope if torch.compiler.is_compiling() else _kept_shared_rope
-    return make(grid, captions, widths, theta, device)
-
-
-def _new_shared_rope(
-    grid: tuple[int, int], captions: int, widths: tuple[int, ...], theta: float, device: torch.device
-) -> Tensor:
-    places = torch.arange(1, captions + 1, device=device)
-    return rope_of(grid, places, torch.tensor(captions, device=device), widths, theta)
-
-
-@functools.lru_cache(maxsize=16)
-def _kept_shared_rope(
-    grid: tuple[int, int], captions: int, widths: tuple[int, ...], theta: float, device: torch.device
-) -> Tensor:
-    with torch.inference_mode(False):  # a training step may read what sampling left here
-        return _new_shared_rope(grid, captions, widths, theta, device)
+def _unturned(
+    cos_sin: Float[Tensor, "2 *rows N K"], tokens: int, features: int
+) -> Float[Tensor, "2 *rows padded wide"]:
+    """The angles with so many tokens and features more at angle 0."""
+    return torch.stack([F.pad(cos_sin[i], (0, features, 0, tokens), value=1.0 - i) for i in range(2)])
 
 
 def forward_flops(config: ZImageConfig, input_size: tuple[int, ...] | None = None, text_tokens: int = 0) -> int:
