@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 
 def split_qkv(qkv_BNE: Float[Tensor, "B N E"], num_heads: int) -> Float[Tensor, "3 B H N K"]:
     """The heads of [q | k | v], E = 3 H K, as views."""
-    return qkv_BNE.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return qkv_BNE.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[no-any-return]
 
 
 class HeadProjection(nn.Module):
