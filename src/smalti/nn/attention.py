@@ -16,14 +16,9 @@ from smalti.nn.positions import rotate_pairs
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# Up to here a plain product and softmax beats PyTorch's fused CPU kernel in training (49 tokens, batch 64, 2 threads:
-# 12 ms against 22 ms, forward and backward). Past it the fused kernel wins: at one thread a forward with the plain
-# product takes 1.1 to 2 times as long at 128 keys and 1.9 times at 256.
-_PLAIN_ATTENTION_TOKENS = 64
-
-
-def _takes_plain_product(keys: int, device: torch.device, mask_BM: Tensor | None) -> bool:
-    return device.type == "cpu" and keys <= _PLAIN_ATTENTION_TOKENS and mask_BM is None
+# In training, up to here a plain product and softmax beats PyTorch's fused CPU kernel (49 tokens: 12 ms against 22 ms,
+# forward and backward); past it the N x N matrix falls out of the cache. A forward alone is faster with the kernel.
+_PLAIN_ATTENTION_TOKENS = 256
 
 
 def attention(
@@ -35,7 +30,8 @@ def attention(
     """softmax(q k^T / sqrt(K)) v, by whichever way is fastest on this device; keys where mask_BM is False count for
     nothing. Source: Vaswani et al. 2017, eq. 1."""
     batch, heads, tokens, width = q_BHNK.shape
-    if not _takes_plain_product(k_BHMK.shape[2], k_BHMK.device, mask_BM):
+    plain = q_BHNK.requires_grad and q_BHNK.device.type == "cpu" and k_BHMK.shape[2] <= _PLAIN_ATTENTION_TOKENS
+    if mask_BM is not None or not plain:
         mask = None if mask_BM is None else mask_BM[:, None, None, :]
         return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask)
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q_BHNK, k_BHMK, v_BHMK))
@@ -65,8 +61,8 @@ class RMSNorm(nn.Module):
 
 def split_qkv(qkv_BNE: Float[Tensor, "B N E"], num_heads: int) -> Float[Tensor, "3 B H N K"]:
     """The heads of [q | k | v], E = 3 H K, as views."""
-    batch, tokens, _ = qkv_BNE.shape
-    return qkv_BNE.view(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    heads: Tensor = qkv_BNE.unflatten(-1, (3, num_heads, -1))
+    return heads.permute(2, 0, 3, 1, 4)
 
 
 class HeadProjection(nn.Module):
@@ -94,18 +90,14 @@ class HeadProjection(nn.Module):
         self.k_norm = norm_type(norm_width, norm_eps) if qk_norm else None
 
     def project(
-        self, x_BND: Float[Tensor, "B N D"], contiguous: bool = False
+        self, x_BND: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B H N K"], Float[Tensor, "B H N K"], Float[Tensor, "B H N K"]]:
-        """q, k (both normed where QK-norm is on) and v of the tokens, before rotary positions.
-
-        contiguous: lay each out head by head, as a plain product wants it; else they may be views.
-        """
+        """q, k (both normed where QK-norm is on) and v of the tokens, before rotary positions; they may be views."""
         if self.norm_across_heads and self.q_norm is not None and self.k_norm is not None:
             q_BND, k_BND, v_BND = self.qkv(x_BND).chunk(3, dim=-1)
             q_BND, k_BND = self.q_norm(q_BND), self.k_norm(k_BND)
             return tuple(split_heads(part, self.num_heads) for part in (q_BND, k_BND, v_BND))  # type: ignore[return-value]
-        heads = split_qkv(self.qkv(x_BND), self.num_heads)
-        q_BHNK, k_BHNK, v_BHNK = (heads.contiguous() if contiguous else heads).unbind(0)
+        q_BHNK, k_BHNK, v_BHNK = split_qkv(self.qkv(x_BND), self.num_heads).unbind(0)
         if self.q_norm is not None and self.k_norm is not None:
             q_BHNK, k_BHNK = self.q_norm(q_BHNK), self.k_norm(k_BHNK)
         return q_BHNK, k_BHNK, v_BHNK
@@ -142,8 +134,7 @@ class SelfAttention(HeadProjection):
         """Tokens attend to all tokens of their own row; where mask_BN is False a token is seen by none."""
         if self.identity_map:
             return self.out(self.qkv(x_BND)[..., 2 * x_BND.shape[-1] :])  # type: ignore[no-any-return]
-        plain = _takes_plain_product(x_BND.shape[1], x_BND.device, mask_BN)
-        q_BHNK, k_BHNK, v_BHNK = self.project(x_BND, contiguous=plain)
+        q_BHNK, k_BHNK, v_BHNK = self.project(x_BND)
         if rope_2NK is not None:
             q_BHNK, k_BHNK = rotate_pairs(q_BHNK, rope_2NK), rotate_pairs(k_BHNK, rope_2NK)
         return self.out(merge_heads(attention(q_BHNK, k_BHNK, v_BHNK, mask_BN)))  # type: ignore[no-any-return]
