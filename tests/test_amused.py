@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smalti.data.digits import load_digits
 from smalti.models import AmusedConfig, build_model, forward_flops, forward_with_features
+from smalti.models.amused import GlobalResponseNorm
 from smalti.types import Condition, UserError
 
 TINY = AmusedConfig(
@@ -148,9 +149,18 @@ def digit_tokens(images):
     return ((F.avg_pool2d(images, 4)[:, 0] + 1) * 8).long().clamp(0, 15)
 
 
+def test_response_norm_of_nothing_has_a_slope():
+    """A channel that is zero on the whole grid: its norm has no slope there, which must not become NaN."""
+    norm, x = GlobalResponseNorm(3), torch.zeros(1, 2, 2, 3, requires_grad=True)
+    torch.nn.init.ones_(norm.gamma)
+    norm(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 def test_training_lowers_the_loss_of_masked_tokens():
-    """Half of the tokens are masked; a uniform guess scores ln 16 = 2.77, the grey levels' own entropy is about 1.6."""
-    config = dataclasses.replace(TINY, width=64, grid_size=7, num_micro_conditions=1, vocabulary_size=17)
+    """Half of the tokens are masked. A uniform guess scores ln 16 = 2.77, the grey levels' frequencies alone 1.43."""
+    torch.set_num_threads(1)  # layers this small gain nothing from a second
+    config = dataclasses.replace(TINY, width=64, conv_depth=1, grid_size=7, num_micro_conditions=1, vocabulary_size=17)
     model = build_model(config)
     training, held_out = load_digits()
     generator = torch.Generator().manual_seed(0)
@@ -171,7 +181,7 @@ def test_training_lowers_the_loss_of_masked_tokens():
 
     before = held_out_loss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(100):
+    for _ in range(60):
         images, labels = training.rows(torch.randint(0, 1024, (32,), generator=generator))
         value = loss(images, labels, generator)
         optimizer.zero_grad()
@@ -179,12 +189,14 @@ def test_training_lowers_the_loss_of_masked_tokens():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     assert before == pytest.approx(2.7726, abs=1e-4)
-    assert held_out_loss() < 1.2
+    after = held_out_loss()
+    assert after < 1.3
 
 
 def test_features_by_name():
     model = randomised(TINY)
-    x, t, cond = inputs(TINY)
+    x, _, cond = inputs(TINY)
+    t = torch.zeros(3)
     output, features = forward_with_features(model, ["blocks.1", "first_convs"], x, t, cond)
     assert torch.equal(output, model(x, t, cond))
     assert features["blocks.1"].shape == (3, 24, 32)

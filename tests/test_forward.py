@@ -4,11 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 
 from smalti.config import Budget, LoopConfig
 from smalti.models import DiTConfig, build_model
 from smalti.recipes import recipe
-from smalti.training.forward import compile_blocks, multiplies_bfloat16, product_precision, repays_compilation
+from smalti.training.forward import (
+    compile_blocks,
+    missing_for_compilation,
+    multiplies_bfloat16,
+    product_precision,
+    repays_compilation,
+)
 
 CPU = torch.device("cpu")
 
@@ -65,3 +72,18 @@ def test_short_runs_are_not_compiled():
     assert repays_compilation(Budget("minutes", 3.0))
     assert not repays_compilation(Budget("steps", 12))
     assert repays_compilation(replace(recipe("mnist").budget, unit="steps", amount=5000))
+
+
+def test_what_compilation_needs_is_looked_for_beforehand(monkeypatch, tmp_path):
+    """A machine without headers or compiler trains as it is instead of failing in the first step."""
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert missing_for_compilation(CPU) == "Python.h"
+    (tmp_path / "Python.h").touch()
+    assert missing_for_compilation(CPU) is None
+
+    def none_found():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none_found)
+    assert missing_for_compilation(CPU) == "C++ compiler"

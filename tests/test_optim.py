@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalti.models import DiTConfig, build_model
+from smalti.models import DiTConfig, UNetConfig, build_model
 from smalti.optim.ema import update_ema
 from smalti.optim.optimizers import AdamWConfig, Muon, MuonConfig, build_optimizers, orthogonalise
 
@@ -47,6 +47,13 @@ def test_every_parameter_has_one_optimizer():
     for config in (AdamWConfig(), MuonConfig()):
         owned = [p for o in build_optimizers(config, model).values() for g in o.param_groups for p in g["params"]]
         assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
+
+
+def test_a_network_without_matrices_in_blocks_has_adamw_alone():
+    model = build_model(UNetConfig(widths=(8, 16), attention_levels=()))
+    (adamw,) = build_optimizers(MuonConfig(adamw_learning_rate=0.5), model).values()
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(model.parameters()))
+    assert adamw.param_groups[0]["lr"] == 0.5
 
 
 def test_ema_is_the_weighted_mean():

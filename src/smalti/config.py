@@ -16,7 +16,6 @@ from smalti.diffusion.processes import make_process
 from smalti.diffusion.timesteps import LogitNormalTimesteps, TimestepDensity, check_density
 from smalti.models.dit import DiTConfig
 from smalti.models.registry import LabelledModelConfig, ModelConfig
-from smalti.models.uvit import UViTConfig
 from smalti.optim.ema import EmaConfig, PowerEma
 from smalti.optim.optimizers import MuonConfig, OptimizerConfig
 from smalti.optim.schedule import Schedule
@@ -116,8 +115,8 @@ class RunConfig:
             raise UserError(f"seed={self.seed} must lie in 0 .. 2^63 - 1")
         if self.model.num_classes and self.model.num_classes < 10:
             raise UserError(f"model.num_classes={self.model.num_classes}: the digits have 10 classes (or 0: none)")
-        if isinstance(self.model, UViTConfig) and not self.model.null_label:
-            raise UserError("model.null_label=False: the recipes drop labels, which needs the null label")
+        if self.model.num_classes and self.loop.label_dropout and not getattr(self.model, "null_label", True):
+            raise UserError(f"loop.label_dropout={self.loop.label_dropout} needs model.null_label=True")
         if (self.model.in_channels, self.model.image_size) != (1, (28, 28)):
             raise UserError(
                 f"model.in_channels={self.model.in_channels}, model.image_size={self.model.image_size}: "

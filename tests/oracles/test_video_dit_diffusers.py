@@ -48,9 +48,8 @@ def rotary_of_the_pipeline(config, size):
     if not config.use_rotary_positional_embeddings:
         return None
     frames, *sides = size
-    grid, base = (
-        tuple(n // config.patch_size for n in s) for s in (sides, (config.sample_height, config.sample_width))
-    )
+    trained = (config.sample_height, config.sample_width)
+    grid, base = (tuple(n // config.patch_size for n in pair) for pair in (sides, trained))
     if config.patch_size_t is None:
         crop = get_resize_crop_region_for_grid(grid, base[1], base[0])
         return get_3d_rotary_pos_embed(config.attention_head_dim, crop, grid, frames)

@@ -65,8 +65,9 @@ def formats() -> tuple[Format, ...]:
     from smalti.interop.unet import UNET
     from smalti.interop.uvit import UVIT
     from smalti.interop.video_dit import VIDEO_DIT
+    from smalti.interop.zimage import ZIMAGE
 
-    return (DIT, UVIT, UNET, MMDIT, FLUX, PIXART, SANA, VIDEO_DIT, LTX, AMUSED)
+    return (DIT, UVIT, UNET, MMDIT, FLUX, ZIMAGE, PIXART, SANA, VIDEO_DIT, LTX, AMUSED)
 
 
 def format_of_class(class_name: str, norm_type: str | None = None) -> Format:

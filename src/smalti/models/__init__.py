@@ -20,6 +20,7 @@ from smalti.models.sana import Sana, SanaConfig
 from smalti.models.unet import UNet, UNetConfig
 from smalti.models.uvit import UViT, UViTConfig
 from smalti.models.video_dit import VideoDiT, VideoDiTConfig
+from smalti.models.zimage import ZImage, ZImageConfig
 
 __all__ = [
     "LTX",
@@ -43,6 +44,8 @@ __all__ = [
     "UViTConfig",
     "VideoDiT",
     "VideoDiTConfig",
+    "ZImage",
+    "ZImageConfig",
     "build_model",
     "count_parameters",
     "feature_names",

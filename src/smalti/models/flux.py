@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from smalti.nn.attention import RMSNorm, attention, attention_flops, merge_heads, split_qkv
 from smalti.nn.double_stream import DoubleStreamBlock, double_stream_flops, joint_mask, modulation_rows
 from smalti.nn.embeddings import TimestepEmbedder, VectorEmbedder, patchify, unpatchify
+from smalti.nn.feedforward import gelu_tanh
 from smalti.nn.modulation import modulate
 from smalti.nn.positions import rope_grid, rotate_pairs
 from smalti.types import Condition, UserError, required_field
@@ -108,13 +109,16 @@ class SingleStreamBlock(nn.Module):
         """Text and image tokens through one block; condition_BD: already past its SiLU."""
         width = x_BSD.shape[-1]
         shift, scale, gate = modulation_rows(self.modulation, condition_BD)
-        h_BSE = self.qkv_mlp(modulate(x_BSD, shift, scale, _NORM_EPS))
-        qkv, mlp = h_BSE.split([3 * width, _MLP_RATIO * width], dim=-1)
-        q_BHSK, k_BHSK, v_BHSK = split_qkv(qkv, self.num_heads).unbind(0)
+        h_BSD = modulate(x_BSD, shift, scale, _NORM_EPS)
+        # Each layer is applied in two parts: no buffer of their joint width has to be filled, split or copied.
+        weights, biases = (w.split([3 * width, _MLP_RATIO * width]) for w in (self.qkv_mlp.weight, self.qkv_mlp.bias))
+        from_attention, from_mlp = self.out.weight.split([width, _MLP_RATIO * width], dim=1)
+        q_BHSK, k_BHSK, v_BHSK = split_qkv(F.linear(h_BSD, weights[0], biases[0]), self.num_heads).unbind(0)
         q_BHSK, k_BHSK = (rotate_pairs(h, rope_2SK) for h in (self.q_norm(q_BHSK), self.k_norm(k_BHSK)))
         attended_BSD = merge_heads(attention(q_BHSK, k_BHSK, v_BHSK, mask_BS))
-        h_BSE = torch.cat([attended_BSD, F.gelu(mlp, approximate="tanh")], dim=-1)
-        return torch.addcmul(x_BSD, gate, self.out(h_BSE))
+        mlp_BSE = gelu_tanh(F.linear(h_BSD, weights[1], biases[1]))
+        out_BSD = F.linear(mlp_BSE, from_mlp, self.out.bias) + F.linear(attended_BSD, from_attention)
+        return torch.addcmul(x_BSD, gate, out_BSD)
 
 
 def _within_half_range(x: Tensor) -> Tensor:

@@ -98,10 +98,8 @@ def fractional_positions(
     """
     time, y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in grid)
     if config.causal_positions:
-        first = (time * config.patch_frames * config.temporal_compression + 1 - config.temporal_compression).clamp(
-            min=0
-        )
-        seconds = first / config.frame_rate
+        frame = time * config.patch_frames * config.temporal_compression
+        seconds = (frame + 1 - config.temporal_compression).clamp(min=0) / config.frame_rate
     else:
         seconds = time * (config.temporal_compression / config.frame_rate) * config.patch_frames
     pixels = config.spatial_compression * config.patch_size
@@ -121,8 +119,8 @@ def rotary_angles(config: LTXConfig, grid: tuple[int, int, int], device: torch.d
 
     def over_tokens(tables: list[Tensor], at_rest: float) -> Tensor:
         pairs = torch.stack(spread_over_grid(*tables), dim=-1).flatten(1)
-        whole = F.pad(pairs.repeat_interleave(2, dim=-1), (config.width % 6, 0), value=at_rest)
-        return whole.unflatten(1, (config.num_heads, -1)).transpose(0, 1)
+        whole: Tensor = F.pad(pairs.repeat_interleave(2, dim=-1), (config.width % 6, 0), value=at_rest)
+        return whole.view(len(whole), config.num_heads, -1).transpose(0, 1)
 
     return torch.stack([over_tokens([a.cos() for a in angles], 1.0), over_tokens([a.sin() for a in angles], 0.0)])
 

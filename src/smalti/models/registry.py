@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from smalti.models import amused, dit, flux, ltx, mmdit, pixart, sana, unet, uvit, video_dit
+from smalti.models import amused, dit, flux, ltx, mmdit, pixart, sana, unet, uvit, video_dit, zimage
 from smalti.models.amused import Amused, AmusedConfig
 from smalti.models.dit import DiT, DiTConfig
 from smalti.models.flux import Flux, FluxConfig
@@ -18,6 +18,7 @@ from smalti.models.sana import Sana, SanaConfig
 from smalti.models.unet import UNet, UNetConfig
 from smalti.models.uvit import UViT, UViTConfig
 from smalti.models.video_dit import VideoDiT, VideoDiTConfig
+from smalti.models.zimage import ZImage, ZImageConfig
 from smalti.types import unknown_name
 
 # The union of all config_types below, and of those that recipes train (image_size, in_channels, num_classes).
@@ -27,6 +28,7 @@ ModelConfig = (
     | UNetConfig
     | MMDiTConfig
     | FluxConfig
+    | ZImageConfig
     | PixArtConfig
     | SanaConfig
     | VideoDiTConfig
@@ -56,6 +58,7 @@ _ARCHITECTURES = (
     Architecture(UNetConfig, UNet, unet.unet_presets, unet.forward_flops),
     Architecture(MMDiTConfig, MMDiT, mmdit.mmdit_presets, mmdit.forward_flops),
     Architecture(FluxConfig, Flux, flux.flux_presets, flux.forward_flops),
+    Architecture(ZImageConfig, ZImage, zimage.zimage_presets, zimage.forward_flops),
     Architecture(PixArtConfig, PixArt, pixart.pixart_presets, pixart.forward_flops),
     Architecture(SanaConfig, Sana, sana.sana_presets, sana.forward_flops),
     Architecture(VideoDiTConfig, VideoDiT, video_dit.video_dit_presets, video_dit.forward_flops),

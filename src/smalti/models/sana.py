@@ -143,8 +143,8 @@ class MixFeedForward(nn.Module):
 
     def forward(self, x_BND: Float[Tensor, "B N D"], rows: int, columns: int) -> Float[Tensor, "B N D"]:
         """Tokens of a rows x columns grid in row-major order, mixed with their eight neighbours."""
-        # Tokens with their channels last are a picture in the channels-last memory format: no permute copies. SiLU is
-        # after the permute, so that torch.compile gives the convolution that format at batch 1 too: 1.3 times as fast.
+        # Tokens with their channels last are a picture in the channels-last memory format: no permute copies. SiLU
+        # comes after it, so that torch.compile gives the convolution that format at batch 1 as well.
         h_BGhw = F.silu(self.fc1(x_BND).unflatten(1, (rows, columns)).permute(0, 3, 1, 2))
         h_BGhw = self.depthwise(h_BGhw)
         value, gate = h_BGhw.permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=-1)

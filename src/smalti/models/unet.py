@@ -34,7 +34,7 @@ class UNetConfig:
     kind: ClassVar[str] = "unet"
     image_size: tuple[int, int] = (28, 28)  # what it is trained on; it takes any size that halves often enough
     in_channels: int = 1
-    widths: tuple[int, ...] = (16, 32, 64)  # channels of each level, the finest first
+    widths: tuple[int, ...] = (16, 24, 48)  # channels of each level, the finest first
     blocks_per_level: int = 1  # on the way down; one more on the way up
     attention_levels: tuple[int, ...] = (2,)  # 0 is the finest
     middle: Literal["attention", "residual", "none"] = "attention"  # at the coarsest level: with attention, without

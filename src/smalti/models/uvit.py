@@ -91,7 +91,8 @@ class UViTBlock(nn.Module):
         """Tokens through one block; skip_BND: the partner's output."""
         if self.skip_linear is not None:
             assert skip_BND is not None
-            x_BND = self.skip_linear(torch.cat([x_BND, skip_BND], dim=-1))
+            # Where products run in lower precision the residual stream keeps its own.
+            x_BND = self.skip_linear(torch.cat([x_BND, skip_BND], dim=-1)).to(x_BND.dtype)
         x_BND = x_BND + self.attn(self.norm1(x_BND))
         return x_BND + self.mlp(self.norm2(x_BND))  # type: ignore[no-any-return]
 
@@ -151,7 +152,7 @@ class UViT(nn.Module):
         h_BD = sinusoid(t, self.config.width).to(self.positions_ND.dtype)
         time_BD = h_BD if self.time_embed is None else self.time_embed(h_BD)
         if self.label_embed is None:
-            return time_BD[:, None]  # type: ignore[no-any-return]
+            return time_BD[:, None]
         if cond is None:
             cond = self.null_condition(t.shape[0])
         if cond is None or cond.class_labels is None:
@@ -178,7 +179,7 @@ class UViT(nn.Module):
             x_BND = block(x_BND, skips.pop())
         x_BNP = self.output(self.norm(x_BND[:, self.config.extra_tokens :]))
         x = unpatchify(x_BNP, self.config.patch_size, height, width)
-        return x if self.final_conv is None else self.final_conv(x)  # type: ignore[no-any-return]
+        return x if self.final_conv is None else self.final_conv(x)
 
 
 def forward_flops(config: UViTConfig, input_size: tuple[int, ...] | None = None, text_tokens: int = 0) -> int:

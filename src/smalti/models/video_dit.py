@@ -154,7 +154,7 @@ def rotary_axes(
 def sincos_positions_3d(
     config: VideoDiTConfig, grid: tuple[int, int, int], device: torch.device
 ) -> Float[Tensor, "N D"]:
-    """The fixed table of CogVideoX-2B: the first quarter of each row speaks of the frame, the rest of row and column."""
+    """The fixed table of CogVideoX-2B: a quarter of each row speaks of the frame, the rest of row and column."""
     time, y, x = (torch.arange(size, dtype=torch.float64, device=device) for size in grid)
     temporal = sincos_positions_1d(config.width // 4, time / config.temporal_interpolation)
     spatial = sincos_positions_2d(
@@ -186,11 +186,11 @@ class FactorisedAttention(SelfAttention):
         (q_text, q_video), (k_text, k_video), (v_text, v_video) = (
             part.split(lengths, dim=2) for part in (q_BHSK, k_BHSK, v_BHSK)
         )
-        batch, heads, tokens, _ = q_video.shape
+        batch, _, tokens, _ = q_video.shape
         groups = frames if self.axis == "space" else tokens // frames
 
         def grouped(video: Tensor) -> Tensor:  # BHNK to BGHnK
-            parts = video.unflatten(2, (frames, -1))
+            parts: Tensor = video.unflatten(2, (frames, -1))
             return parts.transpose(1, 2) if self.axis == "space" else parts.permute(0, 3, 1, 2, 4)
 
         def with_text(text: Tensor, video: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from smalti.nn.attention import HeadProjection, SelfAttention, attention, attention_flops, merge_heads
+from smalti.nn.attention import HeadProjection, SelfAttention, attention, attention_flops, merge_heads, split_qkv
 from smalti.nn.feedforward import FeedForward, feedforward_flops
 from smalti.nn.modulation import modulate
 from smalti.nn.positions import rotate_pairs
@@ -49,14 +49,18 @@ class JointAttention(nn.Module):
         mask_BS: Bool[Tensor, "B S"] | None = None,
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B M D"] | None]:
         """What the attention gives the image and the text; keys where mask_BS is False are seen by none."""
-        streams = zip(self.text.project(text_BMD), self.image.project(x_BND), strict=True)
-        q_BHSK, k_BHSK, v_BHSK = (torch.cat(text_and_image, dim=2) for text_and_image in streams)
+        if self.image.q_norm is None:
+            qkv_BSE = torch.cat([self.text.qkv(text_BMD), self.image.qkv(x_BND)], dim=1)
+            q_BHSK, k_BHSK, v_BHSK = split_qkv(qkv_BSE, self.image.num_heads).unbind(0)
+        else:
+            streams = zip(self.text.project(text_BMD), self.image.project(x_BND), strict=True)
+            q_BHSK, k_BHSK, v_BHSK = (torch.cat(text_and_image, dim=2) for text_and_image in streams)
         if rope_2SK is not None:
             q_BHSK, k_BHSK = rotate_pairs(q_BHSK, rope_2SK), rotate_pairs(k_BHSK, rope_2SK)
         attended_BSD = merge_heads(attention(q_BHSK, k_BHSK, v_BHSK, mask_BS))
         text_attended, image_attended = attended_BSD.split([text_BMD.shape[1], x_BND.shape[1]], dim=1)
-        text_out = self.text.out(text_attended) if isinstance(self.text, SelfAttention) else None
-        return self.image.out(image_attended), text_out
+        text_out = self.text.out(text_attended.contiguous()) if isinstance(self.text, SelfAttention) else None
+        return self.image.out(image_attended.contiguous()), text_out
 
 
 class DoubleStreamBlock(nn.Module):

@@ -141,7 +141,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(config: OptimizerConfig, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """The optimisers of a run by name. Muon takes the matrices whose names begin with "blocks."."""
+    """The optimisers of a run by name. Muon takes the matrices whose names begin with "blocks.".
+
+    A network without such matrices, as a U-Net, has AdamW alone, with MuonConfig's adamw_learning_rate.
+    """
     named = list(model.named_parameters())
     fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
     if isinstance(config, AdamWConfig):
@@ -159,14 +162,17 @@ def build_optimizers(config: OptimizerConfig, model: nn.Module) -> dict[str, tor
         {"params": [p for name, p in matrices.items() if name.endswith("qkv.weight")], "pieces": 3},
         {"params": [p for name, p in matrices.items() if not name.endswith("qkv.weight")]},
     ]
-    rest = [p for name, p in named if name not in matrices]
-    return {
-        "muon": Muon(groups, config.learning_rate, config.momentum, config.newton_schulz_steps, config.weight_decay),
-        "adamw": torch.optim.AdamW(
-            rest,
-            lr=config.adamw_learning_rate,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=fused,
-        ),
-    }
+    groups = [group for group in groups if group["params"]]
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if groups:
+        optimizers["muon"] = Muon(
+            groups, config.learning_rate, config.momentum, config.newton_schulz_steps, config.weight_decay
+        )
+    optimizers["adamw"] = torch.optim.AdamW(
+        [p for name, p in named if name not in matrices],
+        lr=config.adamw_learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
+    return optimizers

@@ -1,6 +1,8 @@
 """How a training step runs the network: the precision of its matrix products, and whether its blocks are compiled."""
 
+import sysconfig
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,16 +37,18 @@ def repays_compilation(budget: Budget) -> bool:
     return budget.amount >= _REPAID_AFTER[budget.unit]
 
 
-def compiler_is_missing(device: torch.device) -> bool:
-    """Whether torch.compile would fail here for want of a C++ compiler."""
+def missing_for_compilation(device: torch.device) -> str | None:
+    """What torch.compile needs and this machine lacks, a C++ compiler or Python's headers; None where it has both."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
+    if device.type != "cpu":
+        return None
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        return device.type == "cpu"
-    return False
+        return "C++ compiler"
+    return None if (Path(sysconfig.get_path("include")) / "Python.h").exists() else "Python.h"
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from smalti.pipeline import Pipeline
 from smalti.run_folder import RunFolder, read_config, read_record, write_config, write_json
 from smalti.training.batch import Batch, training_batch, validation_batch
 from smalti.training.display import TrainingDisplay, terminal_display
-from smalti.training.forward import compile_blocks, compiler_is_missing, product_precision, repays_compilation
+from smalti.training.forward import compile_blocks, missing_for_compilation, product_precision, repays_compilation
 from smalti.training.metrics import MetricLogs, truncate_log
 from smalti.training.state import TrainingState, new_state, restore_state, save_state
 from smalti.types import Backbone, UserError
@@ -243,8 +243,9 @@ class _Run:
     def _compile(self) -> None:
         if not (self.config.loop.compile and repays_compilation(self.config.budget)):
             return
-        if compiler_is_missing(self.state.device):
-            self.display.message("loop.compile: there is no C++ compiler here, so the blocks run as they are, slower")
+        missing = missing_for_compilation(self.state.device)
+        if missing:
+            self.display.message(f"loop.compile: there is no {missing} here, so the blocks run as they are, slower")
             return
         self.display.message("compiling the blocks: the first step takes half a minute")
         compile_blocks(self.state.model)
