@@ -1,6 +1,9 @@
 """Video DiT: initialisation, counts, refusals, and what it does with time, text, positions and factorised attention."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +229,23 @@ def test_half_precision_turns_queries_in_float32(name):
     output = model.bfloat16()(x.bfloat16(), t, cond.map(Tensor.bfloat16))
     assert output.dtype == torch.bfloat16
     assert (output.float() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+COMPILED = """
+import torch
+from test_ltx import TINY as LTX
+from test_video_dit import ALL, inputs, randomised
+
+for config in (*ALL.values(), LTX):
+    model = randomised(config)
+    x, t, cond = inputs(config)
+    with torch.no_grad():
+        output = torch.compile(model, fullgraph=True, backend="eager")(x, t, cond)
+        torch.testing.assert_close(output, model(x, t, cond))
+"""
+
+
+@pytest.mark.slow
+def test_video_networks_are_traced_without_graph_breaks():
+    """In a process of its own, without the run-time check of shapes that no compiler can trace."""
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parent)
