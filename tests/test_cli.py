@@ -103,6 +103,11 @@ def test_sample_writes_pictures_grid_and_manifest_that_draw_again(run, tmp_path,
         (["eval", "nowhere"], "there is no run at nowhere"),
         (["sample", "RUN", "--process", "emd"], "edm"),
         (["tune", "RUN", "--budget", "1"], "budget=1"),
+        (["ems", "RUN", "--num-images", "1"], "num_images=1 must lie in 2 .. 9000"),
+        (["ems", "RUN", "--num-nodes", "1"], "num_nodes=1"),
+        (["ems", "RUN", "--secant-width", "-1"], "secant_width=-1"),
+        (["sample", "RUN", "--solver", "dpm_solver_v3"], "`smalti ems RUN` writes it"),
+        (["sample", "RUN", "--solver", "dpm_solver_v3", "--solver-options", "ems=RUN"], "Is a directory"),
         (["sample", "RUN", "--num-images-per-label", "0"], "at least 1"),
         (["sample", "RUN", "--checkpoint", "step_7"], "no checkpoint 'step_7'"),
         (["sample", "RUN", "--seed", "-1"], "seed=-1"),
@@ -321,29 +326,3 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line(run, tmp_path, c
     assert code == 2
     assert "does not fit this config" in error
     assert len(error.strip().splitlines()) == 1
-
-
-def test_ems_measures_what_dpm_solver_v3_samples_with(run, tmp_path, capsys):
-    file = tmp_path / "ems.npz"
-    code, said, _ = called(
-        capsys, "ems", run, "--num-images", 6, "--num-nodes", 3, "--batch-size", 4, "--out", file, "--seed", 1
-    )
-    assert code == 0
-    assert f"ems={file}" in said
-    options = [
-        "--solver",
-        "dpm_solver_v3",
-        "--num-inference-steps",
-        3,
-        "--class-labels",
-        0,
-        "--num-images-per-label",
-        1,
-    ]
-    out = tmp_path / "samples"
-    code, _, _ = called(capsys, "sample", run, *options, "--solver-options", f"ems={file}", "order=2", "--out", out)
-    assert code == 0
-    assert (out / "00000.png").exists()
-    code, _, complaint = called(capsys, "sample", run, *options, "--out", out)
-    assert code == 2
-    assert "smalti ems" in complaint

@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from smalti.checkpoint import list_checkpoints
 from smalti.cli import main
 from smalti.data.digits import load_digits, to_signed_unit
 from smalti.diffusion import make_process
 from smalti.evaluation.frechet import frechet_distance
 from smalti.evaluation.judge import Judge, judge_features
-from smalti.evaluation.tune import candidates, frontier_calls, steps_for_calls, tune_run
+from smalti.evaluation.tune import Setting, candidates, frontier_calls, steps_for_calls, tune_run
 from smalti.pipeline import load
 from smalti.sampling import GuidanceOptions, make_plan, solver_names
 from smalti.sampling.plot import plot_plan
@@ -20,8 +22,9 @@ from smalti.types import UserError
 
 
 @pytest.fixture(scope="module")
-def run(trained_run):
-    return trained_run
+def run(trained_run, tmp_path_factory):
+    """A copy of the trained run, to write into."""
+    return shutil.copytree(trained_run, tmp_path_factory.mktemp("copy") / "run")
 
 
 def called(*arguments):
@@ -106,6 +109,50 @@ def test_a_plot_of_an_unknown_format_is_refused(tmp_path):
         plot_plan(plan, tmp_path / "plan.nothing")
 
 
+@pytest.fixture(scope="module")
+def ems(run):
+    """The run's statistics at guidance 3, where tune looks for them."""
+    measured = called(
+        "ems", run, "--num-images", 6, "--num-nodes", 3, "--batch-size", 4, "--seed", 1, "--guidance-scale", 3
+    )
+    assert measured == 0
+    return run / "ems.npz"
+
+
+def test_ems_measures_what_dpm_solver_v3_samples_with(run, ems, tmp_path, capsys):
+    out = tmp_path / "samples"
+    command = ["sample", run, "--solver", "dpm_solver_v3", "--num-inference-steps", 3, "--class-labels", 0]
+    command += ["--num-images-per-label", 1, "--solver-options", f"ems={ems}", "order=3", "--out", out]
+    assert called(*command, "--guidance-scale", 3) == 0
+    assert "guidance" not in capsys.readouterr().err
+    (row,) = rows_of(out)
+    assert (row["solver"], row["network_calls"], row["ems"]) == ("dpm_solver_v3", 3, str(ems))
+    origin = row["ems_origin"]
+    checkpoint = list_checkpoints(run / "checkpoints")[-1].name
+    assert (origin["guidance_scale"], origin["checkpoint"], origin["num_samples"]) == (3.0, checkpoint, 6)
+    assert (origin["process"], origin["prediction_type"]) == ("rectified_flow", "velocity")
+    # At another scale it samples too, and says so.
+    assert called(*command, "--guidance-scale", 2) == 0
+    assert "measured at guidance 3" in capsys.readouterr().err
+
+
+def test_explain_prints_coefficients_per_element(ems, capsys):
+    options = ["--process", "vp_cosine", "--steps", 4, "--solver-options", f"ems={ems}"]
+    assert called("explain", "--solver", "dpm_solver_v3", *options) == 0
+    said = capsys.readouterr().out
+    assert "4 network calls" in said
+    assert "+c x0" in said
+
+
+def test_tune_tries_dpm_solver_v3_where_the_statistics_are(run, ems):
+    pipe = load(run)
+    assert not any(s.solver == "dpm_solver_v3" for s in candidates(pipe, 4))
+    tried = [s for s in candidates(pipe, 4, ems) if s.solver == "dpm_solver_v3"]
+    assert {s.spacing for s in tried} == {"time", "lambda", "karras"}
+    for s in tried:
+        assert pipe.plan(s.num_inference_steps, s.solver, s.spacing, **dict(s.solver_options)).num_calls == 4
+
+
 def test_the_search_spends_no_more_than_the_calls_given(run):
     pipe = load(run)
     for calls in (4, 10):
@@ -119,13 +166,16 @@ def test_the_search_spends_no_more_than_the_calls_given(run):
 
 
 @pytest.mark.slow
-def test_tune_prints_a_frontier_and_a_command_that_runs(trained_run, tmp_path):
-    run = shutil.copytree(trained_run, tmp_path / "run")
+def test_tune_prints_a_frontier_and_a_command_that_runs(run, ems, tmp_path):
     result = tune_run(run, budget=3, num_images=100)
     assert [s.network_calls for s in result.frontier] == sorted(s.network_calls for s in result.frontier)
     assert all(s.network_calls <= 3 for s in result.frontier)
     written = json.loads((run / "tune.json").read_text())
     assert len(written["tried"]) == len(result.tried)
+    assert any(s.setting.solver == "dpm_solver_v3" for s in result.tried)
     assert Image.open(result.picture).size[0] > 500
-    command = result.command(run).split()[1:]
-    assert called(*command, "--num-images-per-label", 1, "--out", tmp_path / "out") == 0
+    v3 = Setting("dpm_solver_v3", 3, "time", 2.0, solver_options=(("ems", str(ems)), ("order", 2)))
+    by_v3 = replace(result, frontier=(replace(result.best, setting=v3),))
+    for found in (result, by_v3):
+        command = found.command(run).split()[1:]
+        assert called(*command, "--num-images-per-label", 1, "--out", tmp_path / "out") == 0

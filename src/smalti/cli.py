@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from smalti.pipeline import Editing
+    from smalti.sampling.ems import EMSOrigin
     from smalti.sampling.guided import GuidanceOptions
 
 Result = TypeVar("Result")
@@ -159,8 +160,24 @@ def _editing(command: Sample, channels: int) -> "Editing | None":
     return Editing(read_picture(command.image, "--image", channels), command.strength, mask)
 
 
+def _ems_origin(path: str, guidance_scale: float) -> "EMSOrigin":
+    """What a file of statistics was measured on. Says so where that is another guidance than is sampled with: the
+    solver is right with any statistics, and a few steps are more accurate with the right ones."""
+    from smalti.sampling.ems import load_ems
+
+    origin = load_ems(path).origin
+    if origin.guidance_scale not in (None, guidance_scale):
+        print(
+            f"smalti: {path} was measured at guidance {origin.guidance_scale:g}, and this samples at "
+            f"{guidance_scale:g}: `smalti ems RUN --guidance-scale {guidance_scale:g}` may do better",
+            file=sys.stderr,
+        )
+    return origin
+
+
 def _sample(command: Sample) -> int:
     import json
+    from dataclasses import asdict
 
     import smalti
     from smalti.config import to_json
@@ -194,6 +211,9 @@ def _sample(command: Sample) -> int:
             **sampling,
         )
     scale = defaults.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
+    options = _solver_options(sampler.solver_options)
+    if "ems" in options:
+        options["ems_origin"] = asdict(_ems_origin(options["ems"], scale))
     settings = {
         "run": str(command.run),
         "solver": output.plan.solver,
@@ -206,7 +226,7 @@ def _sample(command: Sample) -> int:
         "image": str(command.image) if command.image else None,
         "strength": command.strength,
         "mask": str(command.mask) if command.mask else None,
-        **_solver_options(sampler.solver_options),
+        **options,
         "process": pipe.process.name,
         "checkpoint": command.checkpoint or "newest",
         "smalti": smalti.__version__,

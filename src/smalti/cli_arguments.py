@@ -193,16 +193,16 @@ class Ems:
 
     DPM-Solver-v3 splits each step into a linear part, solved exactly, and a rest that it extrapolates. Where the split
     lies is measured on the network, once for each run and guidance scale: how its estimate answers to a change of its
-    input (l), and how the rest moves along the sampler's path (s, b). This costs about five network calls for each of
+    input (l), and how the rest moves along the sampler's path (s, b). This costs about six network calls for each of
     --num-images pictures at each of --num-nodes noise levels. Where RUN/ems.npz is there, `smalti tune` tries the
     solver too.
     """
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run directory."""
-    num_images: int = 256
+    num_images: int = 128
     """Training digits to measure on."""
-    num_nodes: int = 60
+    num_nodes: int = 40
     """Intervals of log-SNR, from noise to data."""
     guidance_scale: float | None = None
     """Classifier-free guidance to measure at; 1 is off (default: the run's)."""

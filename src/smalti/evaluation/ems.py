@@ -16,8 +16,8 @@ from smalti.types import Condition, UserError
 def estimate_run_ems(
     run: Path,
     *,
-    num_images: int = 256,
-    num_nodes: int = 60,
+    num_images: int = 128,
+    num_nodes: int = 40,
     guidance_scale: float | None = None,
     secant_width: float = SECANT_WIDTH,
     seed: int = 0,

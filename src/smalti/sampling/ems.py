@@ -10,7 +10,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
 
@@ -32,7 +32,7 @@ _GAUSS_POINTS = 4
 
 @dataclass(frozen=True)
 class EMSOrigin:
-    """What statistics were measured on; None where that is not known. secant_width: see estimate_ems."""
+    """What statistics were measured on; None where that is not known. secant_width, shrink: see estimate_ems."""
 
     process: str | None = None
     prediction_type: str | None = None
@@ -40,13 +40,14 @@ class EMSOrigin:
     guidance_scale: float | None = None
     num_samples: int | None = None
     secant_width: float | None = None
+    shrink: bool | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EMS:
     """Statistics of one network, at rising lambda from noise to data; between nodes they are linear.
 
-    log_snrs: float64 [N + 1]. l, s, b: float64 [N + 1, *shape of one sample], or [N + 1] averaged over the elements.
+    log_snrs: float64 [N + 1]. l, s, b: float64 [N + 1, *shape of one sample], or [N + 1] the same for all elements.
     l = 1, s = b = 0 makes DPM-Solver-v3 the data prediction of DPM-Solver++. origin: what they were measured on.
     Raises UserError for shapes that do not fit and for values that are not finite.
     """
@@ -76,17 +77,6 @@ class EMS:
         fraction = ((log_snr - nodes[right - 1]) / (nodes[right] - nodes[right - 1])).clamp(0, 1)
         l, s, b = (torch.lerp(v[right - 1], v[right], per_sample(fraction, v)) for v in (self.l, self.s, self.b))  # noqa: E741
         return l, s, b
-
-    def averaged(self) -> "EMS":
-        """The same with one value a node: the mean over the elements."""
-        l, s, b = (value.reshape(len(value), -1).mean(1) for value in (self.l, self.s, self.b))  # noqa: E741
-        return replace(self, l=l, s=s, b=b)
-
-
-def constant_ems(l: float = 1.0, s: float = 0.0, b: float = 0.0) -> EMS:  # noqa: E741
-    """The same statistics at all lambda and elements; by default those with which DPM-Solver-v3 is DPM-Solver++."""
-    l_nodes, s_nodes, b_nodes = (torch.full((2,), value, dtype=torch.float64) for value in (l, s, b))
-    return EMS(torch.tensor([-1.0, 1.0], dtype=torch.float64), l_nodes, s_nodes, b_nodes)
 
 
 @dataclass(frozen=True)
@@ -169,21 +159,10 @@ def _log_snr_range(process: Process, t_start: float | None, t_end: float | None)
     return first, last
 
 
-@dataclass
-class _Moments:
-    """Sums over samples at one lambda: of v Jv, of q = (y, x0, dx0/dlambda) and of the products q q^T. Each float64."""
-
-    count: int = 0
-    probe: Tensor | float = 0.0
-    first: Tensor | float = 0.0
-    second: Tensor | float = 0.0
-
-    def add(self, probe: Tensor, q: Tensor) -> None:
-        """probe [batch, *shape], q [3, batch, *shape]."""
-        self.count += len(probe)
-        self.probe = self.probe + probe.sum(0)
-        self.first = self.first + q.sum(1)
-        self.second = self.second + torch.einsum("ib...,jb...->ij...", q, q)
+def _sums(probe: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over a batch: of v Jv and its square [2, *shape], of q = (y, x0, dx0/dlambda), of q q^T. Each float64."""
+    probes = torch.stack([probe.sum(0), probe.square().sum(0)])
+    return probes, q.sum(1), torch.einsum("ib...,jb...->ij...", q, q)
 
 
 def _at(process: Process, log_snr: float, like: Tensor) -> tuple[Tensor, float]:
@@ -251,25 +230,27 @@ def estimate_ems(
     t_start: float | None = None,
     t_end: float | None = None,
     secant_width: float = SECANT_WIDTH,
+    shrink: bool = True,
     seed: int = 0,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> EMS:
-    """Measure a network's statistics on clean samples x0 [K, ...]: 1024 and more for s and b; 256 give a usable l.
+    """Measure a network's statistics on clean samples x0 [K, ...]; the paper takes 4096, shrunk 128 and more will do.
 
     denoiser_for(rows) is the denoiser of those rows of x0 (int64 [batch]), guided as it will be when sampling; cond is
     gathered likewise. num_nodes: intervals, even in lambda between t_start and t_end (default: process.t_max and
     t_min). x is drawn from the forward process with noise addressed by seed and row, the same at every node, so that
-    the statistics are smooth in lambda. secant_width: over how much of lambda dx0/dlambda is taken, as a secant along
-    the flow; 0 takes the derivative itself, as the paper does. Each node costs a Jacobian-vector product in x, for
-    which the estimates must be differentiable, and two forwards a sample. progress(done, total) counts nodes times
-    batches. Source: Zheng et al. 2023, section 3.
+    the statistics are smooth in lambda. Each node costs a Jacobian-vector product in x, for which the estimates must
+    be differentiable, and two forwards a sample. progress(done, total) counts nodes times batches.
+    secant_width: over how much of lambda dx0/dlambda is taken, as a secant along the flow; 0 takes the derivative
+    itself, as the paper does. shrink: draw each element's l and s towards the mean of all, by what their noise of K
+    samples is beside their spread; the paper does not. Source: Zheng et al. 2023, section 3.
     Raises UserError for too few samples or nodes, a negative secant_width and an infinite lambda.
     """
     if num_nodes < 2:
         raise UserError(f"num_nodes={num_nodes} must be at least 2")
-    if len(x0) < 2:
-        raise UserError(f"x0 has {len(x0)} samples: at least 2 are needed, some hundreds for use")
+    if len(x0) < 3:
+        raise UserError(f"x0 has {len(x0)} samples: at least 3 are needed, some hundreds for use")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
     if not (0.0 <= secant_width < math.inf):
@@ -277,7 +258,7 @@ def estimate_ems(
     first, last = _log_snr_range(process, t_start, t_end)
     nodes = torch.linspace(first, last, num_nodes + 1, dtype=torch.float64)
     shape, device = tuple(x0.shape[1:]), x0.device
-    moments = [_Moments() for _ in nodes]
+    totals: list[tuple[Tensor, ...]] = []
     batches = torch.arange(len(x0), device=device).split(batch_size)
     for i, rows in enumerate(batches):
         z = rng.normal(shape, seed=seed, purpose="ems/noise", index=rows, device=device, dtype=x0.dtype)
@@ -289,19 +270,45 @@ def estimate_ems(
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             for k, log_snr in enumerate(nodes.tolist()):
                 ends = max(log_snr - secant_width / 2, first), min(log_snr + secant_width / 2, last)
-                moments[k].add(*_measure(denoiser, process, log_snr, ends, x0[rows], z, v, batch_cond))
+                sums = _sums(*_measure(denoiser, process, log_snr, ends, x0[rows], z, v, batch_cond))
+                if i == 0:
+                    totals.append(sums)
+                else:
+                    totals[k] = tuple(total + part for total, part in zip(totals[k], sums, strict=True))
                 if progress is not None:
                     progress(i * len(nodes) + k + 1, len(batches) * len(nodes))
-    count = len(x0)
-    m = torch.stack([torch.as_tensor(moment.probe).cpu() for moment in moments]) / count
-    means = torch.stack([torch.as_tensor(moment.first).cpu() for moment in moments]) / count  # [N + 1, 3, *shape]
-    products = torch.stack([torch.as_tensor(moment.second).cpu() for moment in moments]) / count  # [.., 3, 3, *shape]
-    origin = EMSOrigin(process.name, num_samples=count, secant_width=secant_width)
-    return EMS(nodes, 1 - m, *_regression(nodes, m, means, products), origin)
+    probes, means, products = (torch.stack(values).cpu() / len(x0) for values in zip(*totals, strict=True))
+    m = probes[:, 0]
+    if shrink:
+        noise = (probes[:, 1] - m.square()).clamp(min=0) / (len(x0) - 1)
+        m = _shrunk(m, noise, torch.ones_like(m))
+    origin = EMSOrigin(process.name, num_samples=len(x0), secant_width=secant_width, shrink=shrink)
+    return EMS(nodes, 1 - m, *_regression(nodes, m, means, products, len(x0) if shrink else None), origin)
 
 
-def _regression(nodes: Tensor, m: Tensor, means: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-    """s and b, the line through f' over f; m = 1 - l. Source: Zheng et al. 2023, section 3.2."""
+def _shrunk(values: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+    """values [N + 1, *shape] drawn towards their weighted mean at each node, by their noise beside their spread.
+
+    noise: the variance of each as an estimate. What the values vary by beyond it is taken for their true variance.
+    Source: DerSimonian and Laird 1986 (random effects), an empirical Bayes estimate.
+    """
+    elements = tuple(range(1, values.ndim))
+    total = weight.sum(elements, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    mean = (weight * values).sum(elements, keepdim=True) / total
+    excess = torch.where(weight > 0, weight * ((values - mean).square() - noise), 0)
+    spread = (excess.sum(elements, keepdim=True) / total).clamp(min=0)
+    kept = torch.where(spread > 0, spread / (spread + noise), 0)
+    return mean + kept * (values - mean)
+
+
+def _regression(
+    nodes: Tensor, m: Tensor, means: Tensor, products: Tensor, shrunk_by: int | None
+) -> tuple[Tensor, Tensor]:
+    """s and b, the line through f' over f; m = 1 - l. Source: Zheng et al. 2023, section 3.2.
+
+    means [N + 1, 3, *shape] and products [N + 1, 3, 3, *shape]: of y, x0 and dx0/dlambda. shrunk_by: how many samples
+    they are of, where s is to be shrunk.
+    """
     (m_rate,) = torch.gradient(m, spacing=(nodes,), dim=0, edge_order=2)
     zero, one = torch.zeros_like(m), torch.ones_like(m)
     # In (y, x0, dx0/dlambda); with n = y - x0 for x0 the variance of f would cancel at high noise.
@@ -315,7 +322,12 @@ def _regression(nodes: Tensor, m: Tensor, means: Tensor, products: Tensor) -> tu
     # variance is below the rounding of what it was summed from.
     summed = of_f.square().mul(products.diagonal(0, 1, 2).movedim(-1, 1)).sum(1)
     seen = variance > 1e-12 * (mean_f.square() + 0.1 * summed)
-    s = torch.where(seen, shared / torch.where(seen, variance, one), zero)
+    safe_variance = torch.where(seen, variance, one)
+    s = torch.where(seen, shared / safe_variance, zero)
+    if shrunk_by is not None:
+        rate_variance = (of_rate * torch.einsum("nij...,nj...->ni...", covariance, of_rate)).sum(1)
+        residual = (rate_variance - s * shared).clamp(min=0) / (shrunk_by - 2)
+        s = _shrunk(s, torch.where(seen, residual / safe_variance, math.inf), torch.where(seen, variance, zero))
     return s, mean_rate - s * mean_f
 
 
