@@ -59,3 +59,10 @@ def test_order_reads_each_row_once_an_epoch_whatever_the_batch_size():
     assert not torch.equal(whole[:50], whole[50:])
     other = torch.cat([batch_indices(step, 20, 50, seed=3) for step in range(5)])
     assert torch.equal(whole, other)
+
+
+def test_a_sampler_that_diverged_is_infinitely_far():
+    features = np.random.default_rng(0).normal(size=(50, 4))
+    broken = features.copy()
+    broken[3, 1] = np.nan
+    assert frechet_distance(broken, features) == float("inf")

@@ -23,7 +23,10 @@ def frechet_distance(a: Features, b: Features) -> float:
 
     The trace of the square root is the sum of the square roots of the eigenvalues of A^(1/2) B A^(1/2).
     Source: Heusel et al. 2017, eq. 6. Two samples of one distribution do not score 0: the finite rows cost something.
+    Features that are not all finite (a sampler that diverged) are infinitely far.
     """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
     mean_gap = a.mean(axis=0) - b.mean(axis=0)
     covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(covariance_a)
