@@ -62,7 +62,7 @@ def _peer_step(
     process = make_process("rectified_flow")
 
     def step() -> None:
-        x0, labels = rows.rows(torch.randint(0, len(rows), (batch_size,)))
+        x0, labels = rows.labelled(torch.randint(0, len(rows), (batch_size,)))
         eps = torch.randn_like(x0)
         t = torch.sigmoid(torch.randn(batch_size))
         labels = torch.where(torch.rand(batch_size) < 0.1, 10, labels)

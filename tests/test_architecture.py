@@ -16,6 +16,8 @@ FLOORS = [
     ["models", "diffusion"],
     ["sampling"],
     ["data"],
+    ["conditioning"],
+    ["autoencoders"],
     ["optim"],
     ["config"],
     ["checkpoint", "run_folder", "images"],

@@ -290,7 +290,7 @@ def test_a_read_only_place_is_the_users_mistake(tmp_path, capsys):
 def test_a_picture_depends_on_its_seed_and_label_alone(run, threads):
     """Alone, in a batch of 16 and of 64, on one thread and two: at most 1 of 255 in any pixel."""
     import smalti
-    from smalti.data.digits import to_bytes
+    from smalti.data.rows import to_bytes
 
     pipe = smalti.load(run)
     torch.set_num_threads(2)

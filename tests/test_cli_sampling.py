@@ -10,7 +10,8 @@ from PIL import Image
 
 from smalti.checkpoint import list_checkpoints
 from smalti.cli import main
-from smalti.data.digits import load_digits, to_signed_unit
+from smalti.data.digits import load_digits
+from smalti.data.rows import to_signed_unit
 from smalti.diffusion import make_process
 from smalti.evaluation.frechet import frechet_distance
 from smalti.evaluation.judge import Judge, judge_features

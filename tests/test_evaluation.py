@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy import linalg
 
-from smalti.data.digits import load_digits, to_bytes, to_signed_unit
+from smalti.data.digits import load_digits
 from smalti.data.order import batch_indices
+from smalti.data.rows import to_bytes, to_signed_unit
 from smalti.evaluation.frechet import bootstrap, frechet_distance
 
 
@@ -41,7 +42,7 @@ def test_digits_are_the_bundled_ones():
     assert (len(training_rows), len(held_out)) == (9000, 1000)
     assert training_rows.images.shape[1:] == (1, 28, 28)
     assert set(held_out.class_labels.tolist()) == set(range(10))
-    images, labels = training_rows.rows(torch.tensor([3, 5]))
+    images, labels = training_rows.labelled(torch.tensor([3, 5]))
     assert images.min() == -1.0
     assert torch.equal(to_bytes(images), training_rows.images[[3, 5]])
     assert labels.tolist() == training_rows.class_labels[[3, 5]].tolist()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smalti.data.digits import to_bytes, to_signed_unit
+from smalti.data.rows import to_bytes, to_signed_unit
 from smalti.types import UserError
 
 

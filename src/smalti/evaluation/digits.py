@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from smalti.data.digits import load_digits, to_signed_unit
+from smalti.data.digits import load_digits
+from smalti.data.rows import to_signed_unit
 from smalti.evaluation.frechet import Estimate, bootstrap, frechet_distance
 from smalti.evaluation.judge import held_out_accuracy, judge_features, load_judge
 from smalti.pipeline import load

@@ -13,7 +13,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from smalti.data.digits import load_digits, to_signed_unit
+from smalti.data.digits import load_digits
+from smalti.data.rows import to_signed_unit
 from smalti.evaluation.frechet import frechet_distance
 from smalti.evaluation.judge import Judge, judge_features, load_judge
 from smalti.pipeline import Pipeline, load

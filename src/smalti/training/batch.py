@@ -7,8 +7,8 @@ from torch import Tensor
 
 from smalti import rng
 from smalti.config import RunConfig
-from smalti.data.digits import LabelledPictures
 from smalti.data.order import batch_indices
+from smalti.data.rows import PicturesInMemory
 from smalti.diffusion.process import Process
 from smalti.diffusion.timesteps import stratify, trained_span
 from smalti.types import Condition
@@ -24,13 +24,13 @@ class Batch:
     cond: Condition | None
 
 
-def training_batch(config: RunConfig, process: Process, rows: LabelledPictures, step: int) -> Batch:
+def training_batch(config: RunConfig, process: Process, rows: PicturesInMemory, step: int) -> Batch:
     """The batch of a step (0, 1, ...), on the device of rows; a function of (config.seed, step) alone."""
     size, seed = config.loop.batch_size, config.seed
     device = rows.images.device
     slots = torch.arange(size, device=device)
     indices = batch_indices(step, size, len(rows), seed).to(device)
-    x0, labels = rows.rows(indices)
+    x0, labels = rows.labelled(indices)
     eps = rng.normal(tuple(x0.shape[1:]), seed=seed, purpose="train/noise", index=slots, call=step, device=device)
     u = rng.uniform((2,), seed=seed, purpose="train/timestep", index=slots, call=step, device=device)
     share = stratify(u[:, 0], slots, size) if config.loop.stratified_timesteps else u[:, 0]
@@ -41,12 +41,12 @@ def training_batch(config: RunConfig, process: Process, rows: LabelledPictures, 
     return Batch(x0, eps, t, Condition(class_labels=torch.where(dropped, config.model.num_classes, labels)))
 
 
-def validation_batch(config: RunConfig, process: Process, rows: LabelledPictures) -> Batch:
+def validation_batch(config: RunConfig, process: Process, rows: PicturesInMemory) -> Batch:
     """Held-out rows at fixed t, evenly spread, with fixed noise and true labels: the same in every run of a process."""
     device = rows.images.device
     count = min(256, len(rows))
     slots = torch.arange(count, device=device)
-    x0, labels = rows.rows(slots)
+    x0, labels = rows.labelled(slots)
     eps = rng.normal(tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots, device=device)
     # 0.618...: neighbours in row order get far-apart t, so that classes and t do not go together.
     t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 import smalti
 from smalti.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, prune_checkpoints
 from smalti.config import Budget, RunConfig, flat_json
-from smalti.data.digits import LabelledPictures, load_digits
+from smalti.data.digits import load_digits
+from smalti.data.rows import PicturesInMemory
 from smalti.diffusion.objective import loss_by_timestep_bin, per_sample_loss
 from smalti.diffusion.processes import Process, make_process
 from smalti.images import class_columns, grid_picture
@@ -130,7 +131,7 @@ def train(
     """
     state = new_state(config, torch.device(device))  # before the folder: initial weights may not be to be had
     folder = prepare_folder(config, out, resume=resume, overwrite=overwrite)
-    training_rows, held_out_rows = (_to_device(rows, device) for rows in load_digits())
+    training_rows, held_out_rows = (rows.to(device) for rows in load_digits())
     display = display or terminal_display()
     truncate_log(folder.metrics, _restore_newest(state, folder, display) if resume else 0)
     _write_record(folder, config, state, "running")
@@ -140,10 +141,6 @@ def train(
         outcome = run.until_done(stop)
     _write_record(folder, config, state, outcome)
     return TrainingResult(folder, outcome, state.step, state.seconds)
-
-
-def _to_device(rows: LabelledPictures, device: str) -> LabelledPictures:
-    return LabelledPictures(rows.images.to(device), rows.class_labels.to(device))
 
 
 def _restore_newest(state: TrainingState, folder: RunFolder, display: TrainingDisplay) -> int:
@@ -192,8 +189,8 @@ class _Run:
     state: TrainingState
     logs: MetricLogs
     display: TrainingDisplay
-    training_rows: LabelledPictures
-    held_out_rows: LabelledPictures
+    training_rows: PicturesInMemory
+    held_out_rows: PicturesInMemory
 
     def until_done(self, stop: threading.Event) -> Outcome:
         """Steps until the budget is spent or a stop is asked for; saves at the end either way."""
