@@ -16,6 +16,7 @@ from smalti.cli_arguments import (
     Adapt,
     Completion,
     Convert,
+    Doctor,
     Ems,
     Eval,
     Explain,
@@ -26,6 +27,7 @@ from smalti.cli_arguments import (
     Train,
     Tune,
 )
+from smalti.cli_doctor import doctor_command
 from smalti.cli_weights import adapt_command, convert_command, export_command
 from smalti.types import UserError
 
@@ -188,12 +190,14 @@ def _sample(command: Sample) -> int:
     keep_freed_memory()
     _check_device(command.device)
     pipe = smalti.load(command.run, checkpoint=command.checkpoint, device=command.device)
-    num_classes = pipe.config.model.num_classes
-    if command.num_images_per_label < 1:
-        raise UserError(f"--num-images-per-label {command.num_images_per_label} must be at least 1")
+    num_classes = getattr(pipe.config.model, "num_classes", 0)
+    each = command.num_images_per_label
+    if each < 1:
+        raise UserError(f"--num-images-per-label {each} must be at least 1")
     labels: list[int] | None = None
     if num_classes or command.class_labels:
-        labels = [c for c in command.class_labels or range(num_classes) for _ in range(command.num_images_per_label)]
+        labels = [c for c in command.class_labels or range(num_classes) for _ in range(each)]
+    prompts = [prompt for prompt in command.prompts for _ in range(each)] or None
     defaults = pipe.config.sampling
     sampler = command.sampler
     if sampler.process is not None:
@@ -202,8 +206,10 @@ def _sample(command: Sample) -> int:
     with _progress_bar("sampling") as progress:
         output = pipe(
             labels,
-            num_images=None if labels is not None else command.num_images_per_label,
+            prompts=prompts,
+            num_images=None if labels or prompts or pipe.encode_prompts is not None else each,
             negative_class_labels=command.negative_class_labels or None,
+            negative_prompt=command.negative_prompt,
             editing=_editing(command, pipe.config.model.in_channels),
             seed=command.seed,
             batch_size=command.batch_size,
@@ -220,9 +226,10 @@ def _sample(command: Sample) -> int:
         "num_inference_steps": sampler.num_inference_steps or defaults.num_inference_steps,
         "network_calls": output.plan.num_calls,
         "times": output.plan.times.round(6).tolist(),
-        "guidance_scale": scale if labels is not None else 1.0,
+        "guidance_scale": scale if labels or prompts else 1.0,
         "guidance": to_json(sampling["guidance"]),
         "negative_class_labels": command.negative_class_labels,
+        "negative_prompt": command.negative_prompt,
         "image": str(command.image) if command.image else None,
         "strength": command.strength,
         "mask": str(command.mask) if command.mask else None,
@@ -237,9 +244,11 @@ def _sample(command: Sample) -> int:
             for i, image in enumerate(output.images):
                 image.save(command.out / f"{i:05}.png")
                 label = output.class_labels[i] if output.class_labels is not None else None
-                row = {"file": f"{i:05}.png", "class_label": label, "seed": output.seeds[i], **settings}
+                prompt = output.prompts[i] if output.prompts is not None else None
+                asked = {"class_label": label, "prompt": prompt, "seed": output.seeds[i]}
+                row = {"file": f"{i:05}.png", **asked, **settings}
                 manifest.write(json.dumps(row) + "\n")
-        columns = min(command.num_images_per_label, 16)
+        columns = min(each, 16)
         grid_picture(output.tensor, columns, zoom=2).save(command.out / "grid.png")
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -365,6 +374,7 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Convert: convert_command,
     Export: export_command,
     Adapt: adapt_command,
+    Doctor: doctor_command,
     Info: _info,
     Completion: _completion,
 }

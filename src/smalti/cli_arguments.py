@@ -74,21 +74,26 @@ class Sampler:
 class Sample:
     """Draw pictures from a run.
 
-    Example: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
+    Examples: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
+              smalti sample runs/emoji-32 --prompts "a red heart" "a cat with wry smile" --guidance-scale 4
 
-    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label, seed, every setting). A picture
-    depends on its own seed and label alone, so any row of a manifest can be drawn again by itself.
+    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label or prompt, seed, every setting). A
+    picture depends on its own seed and label or prompt alone, so any row of a manifest can be drawn again by itself.
     """
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run directory."""
     class_labels: tuple[int, ...] = ()
     """Labels to draw (default: each class once)."""
-    num_images_per_label: int = 8
-    """Pictures for each label (or in all, for an unconditional network)."""
+    prompts: tuple[str, ...] = ()
+    """What to draw, for a network that reads text."""
+    num_images_per_label: Annotated[int, arg(aliases=["--num-images-per-prompt"])] = 8
+    """Pictures for each label or prompt (or in all, for an unconditional network)."""
     sampler: Sampler = Sampler()
     negative_class_labels: tuple[int, ...] = ()
     """Labels to move away from, in place of the null label: one for all, or one a picture."""
+    negative_prompt: str | None = None
+    """What to move away from, in place of the empty prompt."""
     image: Path | None = None
     """A picture to begin from (with --strength) or to keep a part of (with --mask)."""
     strength: float = 1.0
@@ -306,6 +311,27 @@ class Adapt:
 
 
 @dataclass(frozen=True)
+class Doctor:
+    """Examine a recipe before it trains, on its real data, in seconds.
+
+    Example: smalti doctor emoji-32 --set data.path=my-pictures
+
+    Says what was found and skipped, how long captions are against what the encoder reads, how classes are spread, the
+    values that the network will see, whether guidance can work, what a step costs and how long the budget takes. Exits
+    with 1 where training would fail or be wasted.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name, such as emoji-32."""
+    set: tuple[str, ...] = ()
+    """Config fields as field=value, as for `smalti train`."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+    device: str = "cpu"
+    """Where it will be trained: cpu, cuda, cuda:1, mps."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Describe a run or a recipe: parameters by part, FLOPs, config, how it was trained.
 
@@ -337,6 +363,7 @@ COMMANDS: dict[str, type[Any]] = {
     "convert": Convert,
     "export": Export,
     "adapt": Adapt,
+    "doctor": Doctor,
     "info": Info,
     "completion": Completion,
 }

@@ -2,6 +2,7 @@
 
 config.json       everything that defines the run          checkpoints/      see checkpoint.py
 run.json          how, where and when it was trained        samples/          grids drawn while training
+tokenizer.json    of a run that reads prompts
 metrics.jsonl     losses; the same bytes for the same run   samples.png       the newest grid
 timing.jsonl      images a second, seconds                  tensorboard/      the same for TensorBoard
 """
@@ -35,6 +36,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of the run's own text encoder."""
+        return self.path / "tokenizer.json"
 
     @property
     def ems(self) -> Path:
@@ -72,11 +78,16 @@ class RunFolder:
         return self.path / "failure"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def write_json(path: Path, body: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(body, indent=2) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(body, indent=2) + "\n")
 
 
 def read_config(path: Path) -> RunConfig:
