@@ -35,7 +35,7 @@ def training_batch(
     """
     size, seed = config.loop.batch_size, config.seed
     indices = batch_indices(step, size, len(rows), seed)
-    x0 = rows.read(indices)
+    x0 = rows.read(indices, step)
     device = x0.device
     slots = torch.arange(size, device=device)
     eps = rng.normal(tuple(x0.shape[1:]), seed=seed, purpose="train/noise", index=slots, call=step, device=device)

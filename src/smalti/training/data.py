@@ -6,7 +6,7 @@ from smalti.conditioning.encoders import build_text_encoder
 from smalti.conditioning.tiny import CaptionTokenizer, TinyTextConfig, train_tokenizer
 from smalti.config import RunConfig
 from smalti.data.rows import TrainingRows
-from smalti.data.sources import OpenedRows
+from smalti.data.opening import OpenedRows, open_rows
 from smalti.pipeline import read_tokenizer
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, write_text
@@ -16,19 +16,21 @@ from smalti.types import UserError
 _NAMED = 5  # skipped files that are named one by one
 
 
-def check_rows(config: RunConfig, opened: OpenedRows) -> None:
-    """Raise UserError where the data lacks what the network is told: labels, captions."""
-    rows = opened.training
-    if config.text is not None and not any(rows.captions or ()):
-        raise UserError(f"text={config.text.kind}: the data ({config.data.kind}) has no captions")
-    if config.num_classes:
-        if rows.class_labels is None:
-            raise UserError(
-                f"model.num_classes={config.num_classes}: the data ({config.data.kind}) has no classes; set it to 0"
-            )
-        most = int(rows.class_labels.max())
-        if most >= config.num_classes:
-            raise UserError(f"model.num_classes={config.num_classes}: the data has {most + 1} classes")
+def open_run_rows(config: RunConfig) -> OpenedRows:
+    """A run's pictures at its network's size. Raises UserError where they cannot be opened or lack labels or captions
+    that the network is told."""
+    model = config.model
+    opened = open_rows(
+        config.data,
+        model.in_channels,
+        model.image_size,
+        needs_captions=config.text is not None,
+        needs_labels=config.num_classes > 0,
+    )
+    labels = opened.training.class_labels
+    if config.num_classes and labels is not None and int(labels.max()) >= config.num_classes:
+        raise UserError(f"model.num_classes={config.num_classes}: the data has {int(labels.max()) + 1} classes")
+    return opened
 
 
 def report_skipped(opened: OpenedRows, display: TrainingDisplay) -> None:

@@ -10,13 +10,13 @@ import torch
 
 from smalti.conditioning.captions import CountsTokens, caption_lengths
 from smalti.config import RunConfig, check_parts
-from smalti.data.sources import OpenedRows, open_rows
+from smalti.data.opening import OpenedRows
 from smalti.diffusion.objective import per_sample_loss
 from smalti.diffusion.processes import make_process
 from smalti.models.registry import forward_flops
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.training.batch import training_batch
-from smalti.training.data import caption_tokenizer, check_rows, pretrained_encoder
+from smalti.training.data import caption_tokenizer, open_run_rows, pretrained_encoder
 from smalti.training.forward import product_precision
 from smalti.training.state import TrainingState, new_state
 from smalti.types import Backbone
@@ -61,9 +61,8 @@ def examine(
             progress(findings[-1])
 
     check_parts(config)
-    opened = open_rows(config.data, config.model.in_channels, config.model.image_size)
+    opened = open_run_rows(config)
     found(*_pictures(opened))
-    check_rows(config, opened)
     _classes(config, opened, found)
     state = new_state(config, torch.device(device))
     tokenizer = caption_tokenizer(config, opened.training)

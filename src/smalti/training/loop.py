@@ -23,7 +23,6 @@ from smalti.checkpoint import CheckpointError, list_checkpoints, newest_checkpoi
 from smalti.conditioning.prompted import PromptedNetwork
 from smalti.config import Budget, RunConfig, check_parts, flat_json
 from smalti.data.rows import TrainingRows
-from smalti.data.sources import open_rows
 from smalti.diffusion.objective import loss_by_timestep_bin, per_sample_loss
 from smalti.diffusion.processes import Process, make_process
 from smalti.images import class_columns, grid_picture
@@ -32,7 +31,7 @@ from smalti.pipeline import Pipeline, own_prompt_encoder
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, read_config, read_record, write_config, write_json
 from smalti.training.batch import Batch, training_batch, validation_batch
-from smalti.training.data import check_rows, kept_tokenizer, pretrained_encoder, report_skipped
+from smalti.training.data import kept_tokenizer, open_run_rows, pretrained_encoder, report_skipped
 from smalti.training.display import TrainingDisplay, terminal_display
 from smalti.training.forward import compile_blocks, missing_for_compilation, product_precision, repays_compilation
 from smalti.training.metrics import MetricLogs, truncate_log
@@ -136,8 +135,7 @@ def train(
     """
     # All that may be the caller's mistake comes before the folder is made.
     check_parts(config)
-    opened = open_rows(config.data, config.model.in_channels, config.model.image_size)
-    check_rows(config, opened)
+    opened = open_run_rows(config)
     state = new_state(config, torch.device(device))
     text_encoder = pretrained_encoder(config, state.device)
     folder = prepare_folder(config, out, resume=resume, overwrite=overwrite)
@@ -311,6 +309,8 @@ class _Run:
     @torch.inference_mode()
     def _validate(self) -> None:
         config, average = self.config, self.state.average
+        if not len(self.held_out_rows):
+            return
         batch = validation_batch(config, self.process, self.held_out_rows, self.encode_captions)
         assert isinstance(average, Backbone)
         losses = per_sample_loss(average, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond)
