@@ -24,8 +24,12 @@ class TrainingRows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Tensor) -> Tensor:
-        """What the network denoises, float32 [len(indices), channels, height, width], at int64 indices."""
+    def read(self, indices: Tensor, draw: int | None = None) -> Tensor:
+        """What the network denoises, float32 [len(indices), channels, height, width], at int64 indices.
+
+        draw: the address of what is random in a row (a latent's noise, a flip): training passes its step. None: nothing
+        is drawn, for validation. Rows without randomness read the same either way.
+        """
         ...
 
     def to(self, device: torch.device | str) -> Self:
@@ -50,7 +54,7 @@ class PicturesInMemory:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Tensor) -> Tensor:
+    def read(self, indices: Tensor, draw: int | None = None) -> Tensor:
         """Pictures as float32 in [-1, 1], [len(indices), channels, height, width], at int64 indices."""
         return to_signed_unit(self.images[indices])
 
