@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from training_runs import tiny_config
 
 from smalti.checkpoint import list_checkpoints
 from smalti.cli import main
@@ -19,6 +20,8 @@ from smalti.evaluation.tune import Setting, candidates, frontier_calls, steps_fo
 from smalti.pipeline import load
 from smalti.sampling import GuidanceOptions, make_plan, solver_names
 from smalti.sampling.plot import plot_plan
+from smalti.training.display import PlainDisplay
+from smalti.training.loop import train
 from smalti.types import UserError
 
 
@@ -180,3 +183,34 @@ def test_tune_prints_a_frontier_and_a_command_that_runs(run, ems, tmp_path):
     for found in (result, by_v3):
         command = found.command(run).split()[1:]
         assert called(*command, "--num-images-per-label", 1, "--out", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "says"),
+    [
+        (["--solver", "dpmp_2m"], "solver", "did you mean 'dpmpp_2m'"),
+        (["--spacing", "kerras"], "spacing", "did you mean 'karras'"),
+        (["--num-inference-steps", 0], "num_inference_steps=0", "at least 1"),
+        (["--num-inference-steps", 2, "--solver", "dpmpp_3m"], "num_inference_steps=2", "at least 3"),
+        (["--solver", "flow_heun", "--process", "vp_linear_discrete"], "process 'vp_linear_discrete'", "'vp_linear'"),
+        (["--image", "PICTURE", "--mask", "OTHER"], "mask has shape", "28, 28"),
+        (["--image", "OTHER", "--strength", 0.5], "editing.image has shape", "28, 28"),
+        (["--image", "PICTURE", "--strength", "nan"], "strength=nan", "(0, 1]"),
+        (["--guidance-scale", "nan"], "guidance_scale=nan", "finite"),
+        (["--solver-options", "t_start=NaN"], "t_start=nan", "a number"),
+    ],
+)
+def test_a_bad_sampler_is_one_line_that_names_the_field(run, tmp_path, capsys, arguments, field, says):
+    for name, size in (("PICTURE", (28, 28)), ("OTHER", (27, 28))):
+        Image.new("L", size, 200).save(tmp_path / f"{name}.png")
+    pictures = [tmp_path / f"{a}.png" if a in ("PICTURE", "OTHER") else a for a in arguments]
+    assert called("sample", run, *pictures, "--class-labels", 1, "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert field in line
+    assert says in line
+
+
+def test_guidance_of_an_unconditional_run_exits_with_2(tmp_path, capsys):
+    train(tiny_config(1, "num_classes=0"), tmp_path / "run", display=PlainDisplay(1e9))
+    assert called("sample", tmp_path / "run", "--guidance-scale", 2, "--out", tmp_path / "out") == 2
+    assert "guidance_scale=2.0: this network is unconditional" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from smalti.sampling.editing import InpaintDenoiser, noised, strength_to_start
 from smalti.sampling.guidance import perturbed_attention
 from smalti.sampling.guided import GuidanceOptions, guide
 from smalti.sampling.plan import Plan, run_plan, run_plans
-from smalti.sampling.solvers import make_plan
+from smalti.sampling.solvers import check_option_names, make_plan
 from smalti.sampling.thresholding import ClippedDenoiser
 from smalti.types import Backbone, Condition, Denoiser, UserError
 
@@ -130,6 +130,7 @@ class Pipeline:
         solver_options: t_start, t_end, shift, times (the grid itself) and the solver's own, see sampling.make_plan.
         """
         defaults = self.config.sampling
+        check_option_names(solver or defaults.solver, solver_options)
         own_solver = solver is None or solver == defaults.solver
         gridded = solver_options.get("times") is not None
         steps = defaults.num_inference_steps if num_inference_steps is None and not gridded else num_inference_steps
@@ -216,6 +217,8 @@ class Pipeline:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         negative = self._negative_labels(negative_class_labels, count)
         scale = self._scale(guidance_scale, labels is not None)
+        if editing is not None:
+            _check_editing(editing, count)
         if editing is not None and editing.strength != 1.0:
             if solver_options.get("t_start") is not None:
                 raise UserError(
@@ -268,6 +271,7 @@ class Pipeline:
         for r in requests:
             key = _plan_key(r)
             if key not in by_settings:
+                check_option_names(r.solver or self.config.sampling.solver, r.solver_options)
                 by_settings[key] = self.plan(r.num_inference_steps, r.solver, r.spacing, **r.solver_options)
             plans.append(by_settings[key])
         all_seeds = torch.tensor(seeds, device=self.device)
@@ -305,8 +309,11 @@ class Pipeline:
 
     def _known(self, editing: Editing, rows: slice, noise: Tensor) -> Tensor:
         image = editing.image.to(noise)
-        image = image[rows] if image.ndim == 4 else image[None]
-        if image.shape[1:] != noise.shape[1:] or image.shape[0] not in (1, len(noise)):
+        if image.ndim == 3:
+            image = image[None]
+        elif len(image) > 1:
+            image = image[rows]
+        if image.shape[1:] != noise.shape[1:]:
             raise UserError(
                 f"editing.image has shape {tuple(editing.image.shape)}, needed is {tuple(noise.shape[1:])} "
                 "or one such a picture"
@@ -368,6 +375,20 @@ class Pipeline:
         if any(not 0 <= s < _MAX_SEED for s in seeds):
             raise UserError(f"seed={seed} must lie in 0 .. 2^63 - 1")
         return seeds
+
+
+def _check_editing(editing: Editing, count: int) -> None:
+    """Raise UserError for an image or a mask that is not of count pictures (or one for all), and for NaN in the image.
+
+    What a picture's shape must be is checked where the noise is drawn, which has it.
+    """
+    for name, value in (("editing.image", editing.image), ("editing.mask", editing.mask)):
+        if value is not None and value.ndim == 4 and len(value) not in (1, count):
+            raise UserError(f"{name} has shape {tuple(value.shape)} for {count} pictures: give one, or one a picture")
+    if editing.image.ndim not in (3, 4):
+        raise UserError(f"editing.image has shape {tuple(editing.image.shape)}: needed is [channels, height, width]")
+    if not bool(torch.isfinite(editing.image).all()):
+        raise UserError("editing.image has entries that are NaN or infinite: needed are finite numbers")
 
 
 def _plan_key(request: ImageRequest) -> tuple[Any, ...]:

@@ -81,6 +81,8 @@ def evaluate_run(
         raise UserError(f"{run} is not conditional on the ten digits: nothing to judge")
     if process is not None:
         pipe = pipe.on_process(process)
+    # Before the judge, which may have to be trained: a mistake in the settings shows at once.
+    pipe.plan(num_inference_steps, solver, spacing, **solver_options)
     judge = load_judge(progress=progress)
     training_rows, held_out = load_digits()
     labels = torch.arange(num_images) % 10
