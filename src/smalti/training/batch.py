@@ -49,6 +49,6 @@ def validation_batch(config: RunConfig, process: Process, rows: PicturesInMemory
     x0, labels = rows.labelled(slots)
     eps = rng.normal(tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots, device=device)
     # 0.618...: neighbours in row order get far-apart t, so that classes and t do not go together.
-    t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)
+    t = trained_span((slots.to(rng.widest_float(device)) * 0.6180339887498949 + 0.5) % 1.0, process)
     cond = Condition(class_labels=labels) if config.model.num_classes else None
     return Batch(x0, eps, t, cond)
