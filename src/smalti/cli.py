@@ -188,6 +188,7 @@ def _sample(command: Sample) -> int:
     import smalti
     from smalti.config import to_json
     from smalti.images import grid_picture
+    from smalti.run_folder import finite_json
     from smalti.training.memory import keep_freed_memory
 
     _set_threads(command.threads)
@@ -244,7 +245,7 @@ def _sample(command: Sample) -> int:
                 image.save(command.out / f"{i:05}.png")
                 label = output.class_labels[i] if output.class_labels is not None else None
                 row = {"file": f"{i:05}.png", "class_label": label, "seed": output.seeds[i], **settings}
-                manifest.write(json.dumps(row) + "\n")
+                manifest.write(json.dumps(finite_json(row)) + "\n")
         columns = min(command.num_images_per_label, 16)
         grid_picture(output.tensor, columns, zoom=2).save(command.out / "grid.png")
     except OSError as error:

@@ -7,6 +7,7 @@ timing.jsonl      images a second, seconds                  tensorboard/      th
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ class RunFolder:
     def failure(self) -> Path:
         """What is kept of a step whose loss was not finite."""
         return self.path / "failure"
+
+
+def finite_json(body: Any) -> Any:
+    """A JSON body with null in the place of each float that is not finite, which JSON has no word for."""
+    if isinstance(body, dict):
+        return {name: finite_json(value) for name, value in body.items()}
+    if isinstance(body, list | tuple):
+        return [finite_json(value) for value in body]
+    return None if isinstance(body, float) and not math.isfinite(body) else body
 
 
 def write_json(path: Path, body: Any) -> None:
