@@ -34,6 +34,7 @@ from smalti.types import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from smalti.config import SamplingConfig
     from smalti.pipeline import Editing
     from smalti.sampling.ems import EMSOrigin
     from smalti.sampling.guided import GuidanceOptions
@@ -106,19 +107,24 @@ def _train(command: Train) -> int:
     return 0
 
 
-def _solver_options(given: Sequence[str]) -> dict[str, Any]:
+def _solver_options(given: Sequence[str], solver: str) -> dict[str, Any]:
     """name=value texts as keyword arguments: numbers, true, false, or the text itself."""
     import json
+
+    from smalti.sampling.solvers import check_option_names
 
     options: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--solver-options {text!r} must have the form name=value")
+        if name in options:
+            raise UserError(f"--solver-options {text!r}: {name} is given twice")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
             options[name] = value
+    check_option_names(solver, options)
     return options
 
 
@@ -137,15 +143,15 @@ def _guidance(sampler: Sampler, default: "GuidanceOptions") -> "GuidanceOptions"
     return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
-def _sampling(sampler: Sampler, default: "GuidanceOptions") -> dict[str, Any]:
+def _sampling(sampler: Sampler, default: "SamplingConfig") -> dict[str, Any]:
     """The keyword arguments of a pipeline call that the command line's sampler stands for."""
     return {
         "num_inference_steps": sampler.num_inference_steps,
         "solver": sampler.solver,
         "spacing": sampler.spacing,
         "guidance_scale": sampler.guidance_scale,
-        "guidance": _guidance(sampler, default),
-        **_solver_options(sampler.solver_options),
+        "guidance": _guidance(sampler, default.guidance),
+        **_solver_options(sampler.solver_options, sampler.solver or default.solver),
     }
 
 
@@ -184,6 +190,7 @@ def _sample(command: Sample) -> int:
     import smalti
     from smalti.config import to_json
     from smalti.images import grid_picture
+    from smalti.run_folder import finite_json
     from smalti.training.memory import keep_freed_memory
 
     _set_threads(command.threads)
@@ -202,7 +209,7 @@ def _sample(command: Sample) -> int:
     sampler = command.sampler
     if sampler.process is not None:
         pipe = pipe.on_process(sampler.process)
-    sampling = _sampling(sampler, defaults.guidance)
+    sampling = _sampling(sampler, defaults)
     with _progress_bar("sampling") as progress:
         output = pipe(
             labels,
@@ -217,7 +224,7 @@ def _sample(command: Sample) -> int:
             **sampling,
         )
     scale = defaults.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
-    options = _solver_options(sampler.solver_options)
+    options = _solver_options(sampler.solver_options, output.plan.solver)
     if "ems" in options:
         options["ems_origin"] = asdict(_ems_origin(options["ems"], scale))
     settings = {
@@ -247,7 +254,7 @@ def _sample(command: Sample) -> int:
                 prompt = output.prompts[i] if output.prompts is not None else None
                 asked = {"class_label": label, "prompt": prompt, "seed": output.seeds[i]}
                 row = {"file": f"{i:05}.png", **asked, **settings}
-                manifest.write(json.dumps(row) + "\n")
+                manifest.write(json.dumps(finite_json(row)) + "\n")
         columns = min(each, 16)
         grid_picture(output.tensor, columns, zoom=2).save(command.out / "grid.png")
     except OSError as error:
@@ -279,7 +286,7 @@ def _eval(command: Eval) -> int:
     from smalti.evaluation.digits import evaluate_run
     from smalti.run_folder import read_config
 
-    sampling = _sampling(command.sampler, read_config(command.run).sampling.guidance)
+    sampling = _sampling(command.sampler, read_config(command.run).sampling)
     report = _judged(command, "judging", evaluate_run, process=command.sampler.process, **sampling)
     print(report.text())
     return 0
@@ -299,7 +306,7 @@ def _explain(command: Explain) -> int:
         process=make_process(command.process),
         num_inference_steps=command.steps,
         spacing=command.spacing,
-        **_solver_options(command.solver_options),
+        **_solver_options(command.solver_options, command.solver),
     )
     _console().print(plan_table(plan))
     if command.plot is not None:

@@ -29,7 +29,7 @@ from smalti.sampling.editing import InpaintDenoiser, noised, strength_to_start
 from smalti.sampling.guidance import perturbed_attention
 from smalti.sampling.guided import GuidanceOptions, guide
 from smalti.sampling.plan import Plan, run_plan, run_plans
-from smalti.sampling.solvers import make_plan
+from smalti.sampling.solvers import check_option_names, make_plan
 from smalti.sampling.thresholding import ClippedDenoiser
 from smalti.types import Backbone, Condition, Denoiser, UserError
 
@@ -141,6 +141,7 @@ class Pipeline:
         solver_options: t_start, t_end, shift, times (the grid itself) and the solver's own, see sampling.make_plan.
         """
         defaults = self.config.sampling
+        check_option_names(solver or defaults.solver, solver_options)
         own_solver = solver is None or solver == defaults.solver
         gridded = solver_options.get("times") is not None
         steps = defaults.num_inference_steps if num_inference_steps is None and not gridded else num_inference_steps
@@ -229,6 +230,8 @@ class Pipeline:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         negative = to_move_away_from(negative_class_labels, negative_prompt, count, num_classes, encode)
         scale = self._scale(guidance_scale, wanted.cond is not None)
+        if editing is not None:
+            _check_editing(editing, count)
         if editing is not None and editing.strength != 1.0:
             if solver_options.get("t_start") is not None:
                 raise UserError(
@@ -279,6 +282,7 @@ class Pipeline:
         for r in requests:
             key = _plan_key(r)
             if key not in by_settings:
+                check_option_names(r.solver or self.config.sampling.solver, r.solver_options)
                 by_settings[key] = self.plan(r.num_inference_steps, r.solver, r.spacing, **r.solver_options)
             plans.append(by_settings[key])
         all_seeds = torch.tensor(seeds, device=self.device)
@@ -332,8 +336,11 @@ class Pipeline:
 
     def _known(self, editing: Editing, rows: slice, noise: Tensor) -> Tensor:
         image = editing.image.to(noise)
-        image = image[rows] if image.ndim == 4 else image[None]
-        if image.shape[1:] != noise.shape[1:] or image.shape[0] not in (1, len(noise)):
+        if image.ndim == 3:
+            image = image[None]
+        elif len(image) > 1:
+            image = image[rows]
+        if image.shape[1:] != noise.shape[1:]:
             raise UserError(
                 f"editing.image has shape {tuple(editing.image.shape)}, needed is {tuple(noise.shape[1:])} "
                 "or one such a picture"
@@ -360,6 +367,20 @@ def _all_or_none(name: str, given: Sequence[Value | None]) -> list[Value] | None
     if present and len(present) != len(given):
         raise UserError(f"{name} is set in some requests and missing in others")
     return present or None
+
+
+def _check_editing(editing: Editing, count: int) -> None:
+    """Raise UserError for an image or a mask that is not of count pictures (or one for all), and for NaN in the image.
+
+    What a picture's shape must be is checked where the noise is drawn, which has it.
+    """
+    for name, value in (("editing.image", editing.image), ("editing.mask", editing.mask)):
+        if value is not None and value.ndim == 4 and len(value) not in (1, count):
+            raise UserError(f"{name} has shape {tuple(value.shape)} for {count} pictures: give one, or one a picture")
+    if editing.image.ndim not in (3, 4):
+        raise UserError(f"editing.image has shape {tuple(editing.image.shape)}: needed is [channels, height, width]")
+    if not bool(torch.isfinite(editing.image).all()):
+        raise UserError("editing.image has entries that are NaN or infinite: needed are finite numbers")
 
 
 def _plan_key(request: ImageRequest) -> tuple[Any, ...]:

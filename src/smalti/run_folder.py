@@ -8,6 +8,7 @@ timing.jsonl      images a second, seconds                  tensorboard/      th
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,18 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def finite_json(body: Any) -> Any:
+    """A JSON body with null in the place of each float that is not finite, which JSON has no word for."""
+    if isinstance(body, dict):
+        return {name: finite_json(value) for name, value in body.items()}
+    if isinstance(body, list | tuple):
+        return [finite_json(value) for value in body]
+    return None if isinstance(body, float) and not math.isfinite(body) else body
+
+
 def write_json(path: Path, body: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
-    write_text(path, json.dumps(body, indent=2) + "\n")
+    write_text(path, json.dumps(finite_json(body), indent=2, allow_nan=False) + "\n")
 
 
 def read_config(path: Path) -> RunConfig:

@@ -43,7 +43,7 @@ class PicturesOnDemand:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, indices: Tensor) -> Tensor:
+    def read(self, indices: Tensor, draw: int | None = None) -> Tensor:
         """Pictures as float32 in [-1, 1], [len(indices), channels, height, width], at int64 indices.
 
         Raises UserError where 100 pictures in a row cannot be read.

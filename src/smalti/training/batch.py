@@ -65,7 +65,8 @@ def validation_batch(
         tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots.to(device), device=device
     )
     # 0.618...: neighbours in row order get far-apart t, so that classes and t do not go together.
-    t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process).to(device)
+    t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)
+    t = t.to(device, rng.widest_float(device))
     if encode_captions is not None:
         assert rows.captions is not None
         captions = pick_captions(rows.captions, slots, slots, 0, 0, FIRST_CAPTIONS)
