@@ -15,8 +15,7 @@ from test_cli import called
 from training_runs import final_bytes
 
 import smalti
-from smalti.config import apply_overrides, from_json, to_json
-from smalti.config import RunConfig
+from smalti.config import RunConfig, apply_overrides, from_json, to_json
 from smalti.recipes import recipe, recipe_names
 from smalti.types import UserError
 
@@ -103,7 +102,7 @@ def test_prompts_have_no_effect_on_a_network_of_labels(trained_pipeline):
 
 def test_sample_command_takes_prompts(run, tmp_path, capsys):
     out = tmp_path / "samples"
-    code, said, error = called(
+    code, _, error = called(
         capsys, "sample", run, "--prompts", "a red circle", "a blue bar", "--num-images-per-prompt", 3,
         "--negative-prompt", "green", "--out", out,
     )  # fmt: skip
@@ -159,10 +158,11 @@ def test_training_without_captions_or_pictures_is_refused(pictures, tmp_path, ca
 
 
 def test_text_and_network_must_fit():
+    mmdit = ["model=mmdit", "in_channels=1", "image_size=28,28"]
     for overrides, says in (
-        (["model=mmdit"], "text=tiny"),
+        (mmdit, "text=tiny"),
         (["text=tiny"], "reads no text"),
-        (["model=mmdit", "text=tiny"], "text_width=4096 must be text.width=192"),
+        ([*mmdit, "text=tiny"], "text_width=4096 must be text.width=192"),
     ):
         with pytest.raises(UserError, match=says):
             apply_overrides(recipe("mnist"), overrides)

@@ -15,7 +15,8 @@ from smalti.conditioning.captions import CaptionPolicy
 from smalti.conditioning.encoders import TextConfig
 from smalti.conditioning.prompted import check_text_width
 from smalti.conditioning.tiny import TinyTextConfig
-from smalti.data.sources import DataConfig, DigitsData
+from smalti.data.sources import DataConfig
+from smalti.data.sources.digits import DigitsData
 from smalti.diffusion.objective import Objective, check_objective
 from smalti.diffusion.processes import make_process
 from smalti.diffusion.timesteps import LogitNormalTimesteps, TimestepDensity, check_density

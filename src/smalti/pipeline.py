@@ -66,8 +66,8 @@ class PipelineOutput:
 class ImageRequest:
     """One picture of a mixed batch. None takes the run's default.
 
-    class_label: None for an unconditional network, prompt: for one that reads text. solver_options: what Pipeline.plan takes beside the named fields,
-    such as {"eta": 1.0, "shift": 3.0}.
+    class_label or prompt: as the network takes, neither for an unconditional one. solver_options: what Pipeline.plan
+    takes beside the named fields, such as {"eta": 1.0, "shift": 3.0}.
     """
 
     class_label: int | None = None

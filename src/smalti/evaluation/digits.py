@@ -77,7 +77,7 @@ def evaluate_run(
     if num_images < 100:
         raise UserError(f"num_images={num_images} must be at least 100: the distance needs its covariances")
     pipe = load(run, checkpoint=checkpoint)
-    if pipe.config.model.num_classes != 10:
+    if pipe.config.num_classes != 10:
         raise UserError(f"{run} is not conditional on the ten digits: nothing to judge")
     if process is not None:
         pipe = pipe.on_process(process)

@@ -173,7 +173,7 @@ def tune_run(
     if num_images < _FIRST_IMAGES:
         raise UserError(f"num_images={num_images} must be at least {_FIRST_IMAGES}: the distance needs its covariances")
     pipe = load(run, checkpoint=checkpoint)
-    if pipe.config.model.num_classes != 10:
+    if pipe.config.num_classes != 10:
         raise UserError(f"{run} is not conditional on the ten digits: nothing to judge")
     judge = load_judge()
     real = judge_features(judge, to_signed_unit(load_digits()[1].images))[0].double().numpy()

@@ -5,7 +5,8 @@ from dataclasses import replace
 from smalti.conditioning.captions import CaptionPolicy
 from smalti.conditioning.tiny import TinyTextConfig
 from smalti.config import Budget, LoopConfig, RunConfig, SamplingConfig
-from smalti.data.sources import FolderData, IdxData
+from smalti.data.sources.folder import FolderData
+from smalti.data.sources.idx import IdxData
 from smalti.diffusion.objective import Objective
 from smalti.diffusion.timesteps import LogitNormalTimesteps
 from smalti.models.mmdit import MMDiTConfig

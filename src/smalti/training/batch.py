@@ -61,9 +61,7 @@ def validation_batch(
     slots = torch.arange(min(256, len(rows)))
     x0 = rows.read(slots)
     device = x0.device
-    eps = rng.normal(
-        tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots.to(device), device=device
-    )
+    eps = rng.normal(tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots.to(device), device=device)
     # 0.618...: neighbours in row order get far-apart t, so that classes and t do not go together.
     t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)
     t = t.to(device, rng.widest_float(device))

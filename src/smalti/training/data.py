@@ -5,8 +5,8 @@ import torch
 from smalti.conditioning.encoders import build_text_encoder
 from smalti.conditioning.tiny import CaptionTokenizer, TinyTextConfig, train_tokenizer
 from smalti.config import RunConfig
-from smalti.data.rows import TrainingRows
 from smalti.data.opening import OpenedRows, open_rows
+from smalti.data.rows import TrainingRows
 from smalti.pipeline import read_tokenizer
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, write_text

@@ -39,16 +39,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a training step costs here, without compilation. memory: bytes at its peak, of the whole process on a CPU."""
+    """What a training step costs here, not compiled. memory: bytes at its peak, on a CPU the whole process's."""
 
     seconds: float
     memory: int
     loss: float
 
 
-def examine(
-    config: RunConfig, device: str = "cpu", progress: Callable[[Finding], None] | None = None
-) -> list[Finding]:
+def examine(config: RunConfig, device: str = "cpu", progress: Callable[[Finding], None] | None = None) -> list[Finding]:
     """Look at all that can be looked at before a run starts; progress(finding) is called as each is known.
 
     Raises UserError where the data or the encoder cannot be opened at all.
@@ -68,7 +66,7 @@ def examine(
     tokenizer = caption_tokenizer(config, opened.training)
     encoder = pretrained_encoder(config, state.device)
     encode = encoder if tokenizer is None else tokenizer.encode
-    counter = tokenizer or encoder
+    counter = encoder if tokenizer is None else tokenizer
     if counter is not None:
         found(*_captions(opened, counter))
     _settings(config, found)
@@ -134,7 +132,9 @@ def _values(opened: OpenedRows, found: Callable[..., None]) -> None:
     count = min(256, len(opened.training))
     x0 = opened.training.read(torch.arange(count) * len(opened.training) // count)
     mean, std = x0.mean(dim=(0, 2, 3)), x0.std(dim=(0, 2, 3))
-    text = "mean " + ", ".join(f"{m:+.2f}" for m in mean.tolist()) + "; std " + ", ".join(f"{s:.2f}" for s in std.tolist())
+    parts = ((mean, "+.2f"), (std, ".2f"))
+    means, stds = (", ".join(f"{value:{form}}" for value in part.tolist()) for part, form in parts)
+    text = f"mean {means}; std {stds}"
     if not bool(torch.isfinite(x0).all()):
         found("values", f"{text}: not finite", "wrong")
     elif float(std.min()) < 1e-3:
@@ -153,9 +153,7 @@ def _step_cost(
         started = time.perf_counter()
         batch = training_batch(config, process, rows, step, encode)
         with product_precision(config.loop, state.device):
-            loss = per_sample_loss(
-                network, process, config.objective, batch.x0, batch.eps, batch.t, batch.cond
-            ).mean()
+            loss = per_sample_loss(network, process, config.objective, batch.x0, batch.eps, batch.t, batch.cond).mean()
         for parameter in state.parameters:
             parameter.grad = None
         loss.backward()
@@ -185,8 +183,8 @@ def _cost(config: RunConfig, opened: OpenedRows, cost: StepCost) -> tuple[str, s
         epochs = budget.amount * batch / len(opened.training)
     text = (
         f"{cost.seconds * 1000:,.0f} ms for {batch} pictures: {per_second:,.1f} a second, {flops / 1e9:,.0f} GFLOP/s, "
-        f"{cost.memory / 2**30:.1f} GiB; the budget of {budget.amount:g} {budget.unit} is {epochs:,.1f} passes over the "
-        f"pictures in {_duration(hours)}"
+        f"{cost.memory / 2**30:.1f} GiB; the budget of {budget.amount:g} {budget.unit} is {epochs:,.1f} passes over "
+        f"the pictures in {_duration(hours)}"
     )
     if not torch.isfinite(torch.tensor(cost.loss)):
         return "a step", f"{text}; its loss is {cost.loss}", "wrong"
