@@ -28,8 +28,9 @@ FLOORS = [
     ["evaluation"],
     ["recipes"],
     ["describe"],
+    ["cli_progress", "cli_data_arguments"],
     ["cli_arguments"],
-    ["cli_weights", "cli_doctor"],
+    ["cli_weights", "cli_data", "cli_doctor"],
     ["cli"],
     ["__main__"],
 ]
