@@ -283,13 +283,14 @@ class Export:
 
 @dataclass(frozen=True)
 class Adapt:
-    """Change a DiT's number of classes, resolution, patch size or depth, keeping what can be kept.
+    """Change a network's number of classes, resolution, patch size, depth or text width, keeping what can be kept.
 
     Example: smalti adapt runs/mnist wider --num-classes 20 --depth 6
 
-    Classes that both have are kept; learned positions are interpolated; patch kernels are resized; a deeper network
-    computes at first what the old one did. Prints what became of each tensor; writes a network for `smalti train
-    --set initial_weights=OUT`.
+    Takes a DiT, a U-ViT or an MM-DiT (of which the last has text for classes). Classes that both have are kept; tables
+    of positions are interpolated; patch kernels are resized; a deeper network computes at first what the old one did;
+    another text width starts with a fresh projection. Prints what became of each tensor; writes a network for `smalti
+    train --set initial_weights=OUT`.
     """
 
     source: Annotated[Positional[str], arg(metavar="IN")]
@@ -304,6 +305,10 @@ class Adapt:
     """The new patch size."""
     depth: int | None = None
     """The new number of blocks."""
+    text_width: int | None = None
+    """The new width of text tokens."""
+    pooled_width: int | None = None
+    """The new width of the pooled text vector."""
     seed: int = 0
     """Seed of what starts fresh."""
     checkpoint: str | None = None
