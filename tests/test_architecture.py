@@ -27,8 +27,9 @@ FLOORS = [
     ["evaluation"],
     ["recipes"],
     ["describe"],
+    ["cli_progress", "cli_data_arguments"],
     ["cli_arguments"],
-    ["cli_weights"],
+    ["cli_weights", "cli_data"],
     ["cli"],
     ["__main__"],
 ]

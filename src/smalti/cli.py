@@ -26,6 +26,9 @@ from smalti.cli_arguments import (
     Train,
     Tune,
 )
+from smalti.cli_data import data_command
+from smalti.cli_data_arguments import Data
+from smalti.cli_progress import progress_bar
 from smalti.cli_weights import adapt_command, convert_command, export_command
 from smalti.types import UserError
 
@@ -199,7 +202,7 @@ def _sample(command: Sample) -> int:
     if sampler.process is not None:
         pipe = pipe.on_process(sampler.process)
     sampling = _sampling(sampler, defaults.guidance)
-    with _progress_bar("sampling") as progress:
+    with progress_bar("sampling") as progress:
         output = pipe(
             labels,
             num_images=None if labels is not None else command.num_images_per_label,
@@ -255,7 +258,7 @@ def _judged(command: Eval | Tune, text: str, judge: Callable[..., Result], **arg
 
     _set_threads(command.threads)
     keep_freed_memory()
-    with _progress_bar(text) as progress:
+    with progress_bar(text) as progress:
         return judge(
             command.run,
             num_images=command.num_images,
@@ -317,7 +320,7 @@ def _ems(command: Ems) -> int:
 
     _set_threads(command.threads)
     keep_freed_memory()
-    with _progress_bar("measuring") as progress:
+    with progress_bar("measuring") as progress:
         ems = estimate_run_ems(
             command.run,
             num_images=command.num_images,
@@ -365,28 +368,10 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Convert: convert_command,
     Export: export_command,
     Adapt: adapt_command,
+    Data: data_command,
     Info: _info,
     Completion: _completion,
 }
-
-
-class _progress_bar:
-    """A rich bar over progress(done, total) calls; silent where nobody watches."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
-        self._bar.start()
-        task = self._bar.add_task(self._text, total=None)
-        return lambda done, total: self._bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
 
 
 def _subcommands() -> Any:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from smalti.cli_data_arguments import Data
+
 
 @dataclass(frozen=True)
 class Train:
@@ -337,6 +339,7 @@ COMMANDS: dict[str, type[Any]] = {
     "convert": Convert,
     "export": Export,
     "adapt": Adapt,
+    "data": Data,
     "info": Info,
     "completion": Completion,
 }

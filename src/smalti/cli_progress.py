@@ -1,0 +1,23 @@
+"""A progress bar for the command line."""
+
+import sys
+from collections.abc import Callable
+
+
+class progress_bar:
+    """A rich bar over progress(done, total) calls; silent where nobody watches."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+        self._bar.start()
+        task = self._bar.add_task(self._text, total=None)
+        return lambda done, total: self._bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
