@@ -279,7 +279,7 @@ def latents(tmp_path):
     moments = torch.stack([moments_of(t, encoder.shape) for t in plain + flipped])
     statistics = measure_latents([moments[:8]], 2)
     keys = [text_key(t, "encoder") for t in plain + flipped]
-    rows = CachedLatents(Cache(tmp_path), keys[:8], statistics, keys[8:], torch.arange(8), seed=5)
+    rows = CachedLatents(Cache(tmp_path), (2, 3, 3), keys[:8], statistics, keys[8:], torch.arange(8), seed=5)
     return rows, moments
 
 
@@ -308,7 +308,7 @@ def test_rows_are_drawn_by_address(latents):
     assert ((many.mean(0) - both.mean(0)).abs() < 5 * error).all()
     assert (many.var(0) / total - 1).abs().max() < 0.3
     # Without mirror images, every draw is around the row's own mean.
-    alone = CachedLatents(rows.cache, rows.keys, rows.statistics, seed=5)
+    alone = CachedLatents(rows.cache, rows.shape, rows.keys, rows.statistics, seed=5)
     many = torch.stack([alone.read(every, draw=step) for step in range(300)]).double()
     assert ((many.mean(0) - both[0]).abs() < 5 * (variance[0] / 300).sqrt()).all()
 
@@ -317,7 +317,7 @@ def test_latents_of_an_encoder_without_variance_are_read_as_they_are(tmp_path):
     encoder = CountingEncoder()
     fill(tmp_path, ["a", "b"], encoder)
     rows = CachedLatents(
-        Cache(tmp_path), [text_key(t, "encoder") for t in "ab"], LatentStatistics((0.0,) * 4, (1.0,) * 4)
+        Cache(tmp_path), (4, 3, 3), [text_key(t, "encoder") for t in "ab"], LatentStatistics((0.0,) * 4, (1.0,) * 4)
     )
     truth = torch.stack([moments_of(t, encoder.shape) for t in "ab"])
     assert torch.equal(rows.read(torch.tensor([0, 1]), draw=3), truth)

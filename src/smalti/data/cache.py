@@ -83,6 +83,10 @@ class Cache:
     def __len__(self) -> int:
         return len(self._places)
 
+    def tensor_names(self, key: str) -> tuple[str, ...]:
+        """Names of an entry's tensors, unread; () for a key that is not there, too."""
+        return self._places[key][2] if key in self._places else ()
+
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors of an entry, views of the mapped file: not to be changed in place.
 

@@ -1,29 +1,33 @@
 """What training reads from a cache (cache.py): latents drawn from moments, text features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from smalti import rng
 from smalti.data.cache import Cache, Entry, text_key
+from smalti.data.filling import Encode, FillReport, fill_cache
 from smalti.data.latents import LatentStatistics, measure_latents, sample_moments
 from smalti.types import Condition, UserError
 
 MOMENTS = "moments"  # the name of a picture's tensor in its entry
+EncodeCaptions = Callable[[Sequence[str]], Condition]
 
 
 @dataclass(frozen=True)
 class CachedLatents:
     """TrainingRows of latents: drawn anew at each reading from the moments in the cache, then normalised.
 
-    keys: a row's entry. flipped_keys: the entry of its mirror image; a row is then read from either, half the time
+    shape: channels, height and width of the latents. keys: a row's entry. flipped_keys: the entry of its mirror image; a row is then read from either, half the time
     each. seed: of the noise and the flips.
     """
 
     cache: Cache
+    shape: tuple[int, int, int]
     keys: Sequence[str]
     statistics: LatentStatistics
     flipped_keys: Sequence[str] | None = None
@@ -31,12 +35,6 @@ class CachedLatents:
     captions: Sequence[tuple[str, ...]] | None = None
     seed: int = 0
     device: torch.device | str = "cpu"
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents."""
-        _, height, width = self.cache.read(self.keys[0])[MOMENTS].shape
-        return len(self.statistics.mean), height, width
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -53,12 +51,11 @@ class CachedLatents:
             flipped = rng.uniform(seed=self.seed, purpose="data/flip", index=rows, call=draw) < 0.5
             keys = [self.flipped_keys[i] if f else key for i, f, key in zip(rows.tolist(), flipped, keys, strict=True)]
         moments = torch.stack([self.cache.read(key)[MOMENTS] for key in keys]).float()
-        latent_shape = (len(self.statistics.mean), *moments.shape[-2:])
         # Made on the CPU whatever the device, so that all devices read the same latents.
-        if draw is None or moments.shape[1] == latent_shape[0]:
-            eps = torch.zeros(len(keys), *latent_shape)
+        if draw is None or moments.shape[1] == self.shape[0]:
+            eps = torch.zeros(len(keys), *self.shape)
         else:
-            eps = rng.normal(latent_shape, seed=self.seed, purpose="data/latent", index=rows, call=draw)
+            eps = rng.normal(self.shape, seed=self.seed, purpose="data/latent", index=rows, call=draw)
         return self.statistics.normalise(sample_moments(moments, eps)).to(self.device)
 
     def to(self, device: torch.device | str) -> Self:
@@ -85,6 +82,30 @@ class CachedText:
     def read(self, captions: Sequence[str]) -> Condition:
         """The captions' features, joined into a batch; raises UserError for a caption that is not in the cache."""
         return joined_condition([self.cache.read(text_key(caption, self.encoder)) for caption in captions])
+
+
+@dataclass(frozen=True)
+class _EncodeCaptions:
+    """A text encoder's maker as one of cache entries."""
+
+    make: Callable[[], EncodeCaptions]
+
+    def __call__(self) -> Encode[str]:
+        encode = self.make()
+        return lambda captions: condition_entries(encode(captions))
+
+
+def cache_text(
+    folder: Path, captions: Iterable[str], encoder: str, make_encode: Callable[[], EncodeCaptions], **options: Any
+) -> tuple[CachedText, FillReport]:
+    """The captions' features, encoded where the cache lacks them.
+
+    encoder: the text encoder's fingerprint. make_encode: makes the function that encodes captions as a batch; called
+    once in each process that encodes, and not at all where nothing is missing. options: of fill_cache.
+    """
+    wanted = {text_key(caption, encoder): caption for caption in captions}
+    report = fill_cache(folder, wanted, _EncodeCaptions(make_encode), **options)
+    return CachedText(Cache(folder), encoder), report
 
 
 def condition_entries(cond: Condition) -> list[dict[str, Tensor]]:

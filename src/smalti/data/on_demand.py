@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from smalti.data.decode import UnreadablePicture, decode_picture, fit_picture
+from smalti.data.decode import Fit, UnreadablePicture, decode_picture, fit_picture
 from smalti.data.listing import Listing
 from smalti.data.rows import to_signed_unit
 from smalti.types import UserError
@@ -69,7 +69,12 @@ class PicturesOnDemand:
 
 def fitted_picture(listing: Listing, row: int, channels: int, image_size: tuple[int, int]) -> Tensor:
     """A row's picture at the target's size: uint8 [channels, height, width]. Raises UnreadablePicture or OSError."""
+    return fitted_file(listing.read_bytes(row, None), channels, image_size, listing.fit)
+
+
+def fitted_file(content: bytes, channels: int, image_size: tuple[int, int], fit: Fit) -> Tensor:
+    """A picture file's bytes at the target's size: uint8 [channels, height, width]. Raises UnreadablePicture."""
     height, width = image_size
     # Twice the target's size is left for the filter that does the rest.
-    picture = decode_picture(listing.read_bytes(row, None), channels, enough=(2 * height, 2 * width))
-    return fit_picture(picture, height, width, listing.fit)
+    picture = decode_picture(content, channels, enough=(2 * height, 2 * width))
+    return fit_picture(picture, height, width, fit)
