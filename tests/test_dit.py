@@ -65,11 +65,23 @@ def test_patchify_is_a_patch_convolution():
     torch.testing.assert_close(patchify(x, 4) @ kernel.flatten(1).T, convolved, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("tokens", [7, 300])
-def test_attention_equals_the_library_on_both_paths(tokens):
-    q, k, v = torch.randn(3, 2, 3, tokens, 8).unbind(0)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attention(q, k, v), expected, rtol=1e-4, atol=1e-5)
+def test_attention_and_its_gradients_equal_the_library_on_both_paths(tokens, training, masked):
+    heads = torch.randn(3, 2, 3, tokens, 8)
+    mask = torch.rand(2, tokens) < 0.6 if masked else None
+    q, k, v = heads.clone().requires_grad_(training).unbind(0)
+    theirs = heads.clone().requires_grad_(training)
+    key_mask = None if mask is None else mask[:, None, None, :]
+    expected = torch.nn.functional.scaled_dot_product_attention(*theirs.unbind(0), attn_mask=key_mask)
+    attended = attention(q, k, v, mask)
+    torch.testing.assert_close(attended, expected, rtol=1e-4, atol=1e-5)
+    if training:
+        weights = torch.randn_like(expected)
+        (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), theirs)
+        gradients = torch.stack(torch.autograd.grad((attended * weights).sum(), (q, k, v)))
+        torch.testing.assert_close(gradients, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_rotary_products_depend_on_relative_positions_alone():

@@ -287,11 +287,13 @@ def _judged(command: Eval | Tune, text: str, judge: Callable[..., Result], **arg
 
 def _eval(command: Eval) -> int:
     from smalti.evaluation.digits import evaluate_run
+    from smalti.evaluation.prompts import evaluate_prompted_run
     from smalti.run_folder import read_config
 
-    sampling = _sampling(command.sampler, read_config(command.run).sampling)
-    report = _judged(command, "judging", evaluate_run, process=command.sampler.process, **sampling)
-    print(report.text())
+    config = read_config(command.run)
+    judge: Callable[..., Any] = evaluate_run if config.text is None else evaluate_prompted_run
+    sampling = _sampling(command.sampler, config.sampling)
+    print(_judged(command, "judging", judge, process=command.sampler.process, **sampling).text())
     return 0
 
 

@@ -118,19 +118,22 @@ class Sample:
 
 @dataclass(frozen=True)
 class Eval:
-    """Judge a run: are its digits what was asked for, and how far are they from real ones?
+    """Judge a run: do its pictures show what was asked for, and how far are they from real ones?
 
     Example: smalti eval runs/mnist --guidance-scale 2 --guidance-interval 0.3 1
 
     Draws class-conditional samples and prints the judge's accuracy on them and the Frechet distance in the judge's
     features against the held-out digits, each with a bootstrap 95 % interval; writes RUN/evaluation.json. The judge is
     a small classifier, trained once on the bundled digits (about a minute) and cached.
+
+    Of a run that reads prompts: how often a judge of pictures and captions, trained once on the run's own data and
+    cached, puts a picture's own prompt among the first 10 of 200.
     """
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run directory."""
     num_images: int = 1000
-    """Samples to judge, an equal number of each class."""
+    """Samples to judge, an equal number of each class or prompt."""
     sampler: Sampler = Sampler()
     seed: int = 0
     """Seed of the first sample."""

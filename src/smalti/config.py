@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from smalti.autoencoders.registry import AutoencoderConfig, Pixels
 from smalti.conditioning.captions import CaptionPolicy
 from smalti.conditioning.encoders import TextConfig
 from smalti.conditioning.prompted import check_text_width
@@ -104,6 +105,9 @@ class RunConfig:
     budget: Budget = field(default_factory=Budget)
     model: TrainableModelConfig = field(default_factory=DiTConfig)
     initial_weights: str | None = None  # what smalti.load_backbone reads: a network of this very config to start from
+    autoencoder: AutoencoderConfig = field(
+        default_factory=Pixels
+    )  # what the network denoises: pixels, or whose latents
     text: TextConfig | None = None  # the text encoder of a network that reads prompts
     captions: CaptionPolicy = field(default_factory=CaptionPolicy)  # what a training step reads of them
     process: str = "rectified_flow"
@@ -138,7 +142,7 @@ def check_parts(config: RunConfig) -> None:
     Apart from RunConfig's own checks, since overrides come one by one and two parts fit when both are set.
     """
     model, text = config.model, config.text
-    if isinstance(config.data, DigitsData):
+    if isinstance(config.data, DigitsData) and isinstance(config.autoencoder, Pixels):
         _check_digits(config)
     if text is None:
         if hasattr(model, "text_width"):

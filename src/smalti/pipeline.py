@@ -1,5 +1,6 @@
 """From a run directory to pictures: load(path) -> Pipeline. Immutable, thread-safe, no hidden state."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,10 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti import rng
+from smalti.autoencoders.protocol import Autoencoder
+from smalti.autoencoders.registry import load_autoencoder
 from smalti.conditioning.encoders import build_text_encoder
 from smalti.conditioning.prompted import PromptedNetwork
 from smalti.conditioning.tiny import CaptionTokenizer
 from smalti.config import RunConfig
+from smalti.data.latents import LatentStatistics
 from smalti.diffusion.denoiser import NetworkDenoiser
 from smalti.diffusion.prediction import usable_at_pure_noise
 from smalti.diffusion.processes import Process, make_process
@@ -231,6 +235,8 @@ class Pipeline:
         negative = to_move_away_from(negative_class_labels, negative_prompt, count, num_classes, encode)
         scale = self._scale(guidance_scale, wanted.cond is not None)
         if editing is not None:
+            if self.decode is not None:
+                raise UserError("editing: this network denoises latents, of which pictures cannot be edited yet")
             _check_editing(editing, count)
         if editing is not None and editing.strength != 1.0:
             if solver_options.get("t_start") is not None:
@@ -395,7 +401,23 @@ def load(path: str | Path, *, checkpoint: str | None = None, ema: bool = True, d
     backbone = load_backbone(path, checkpoint=checkpoint, ema=ema).to(device)
     assert isinstance(backbone, Backbone)
     config = read_config(Path(path))
-    return Pipeline(backbone, config, prompt_encoder(config, backbone, RunFolder(Path(path))))
+    folder = RunFolder(Path(path))
+    autoencoder = load_autoencoder(config.autoencoder, device)
+    decode = None if autoencoder is None else latent_decoder(autoencoder, read_statistics(folder.latents))
+    return Pipeline(backbone, config, prompt_encoder(config, backbone, folder), decode)
+
+
+def read_statistics(path: Path) -> LatentStatistics:
+    """The mean and standard deviation of a run's latents. Raises UserError where they are missing or damaged."""
+    try:
+        return LatentStatistics.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: without it latents cannot be decoded ({error})") from None
+
+
+def latent_decoder(autoencoder: Autoencoder, statistics: LatentStatistics) -> Decoder:
+    """Latents as a network sees them, of mean 0 and standard deviation 1 a channel, to pictures."""
+    return lambda latents: autoencoder.decode(statistics.denormalise(latents))
 
 
 def prompt_encoder(config: RunConfig, backbone: Backbone, folder: RunFolder) -> PromptEncoder | None:

@@ -2,13 +2,14 @@
 
 config.json       everything that defines the run          checkpoints/      see checkpoint.py
 run.json          how, where and when it was trained        samples/          grids drawn while training
-tokenizer.json    of a run that reads prompts
+tokenizer.json    of a run that reads prompts               latents.json      of a run on latents: their mean and std
 metrics.jsonl     losses; the same bytes for the same run   samples.png       the newest grid
 timing.jsonl      images a second, seconds                  tensorboard/      the same for TensorBoard
 """
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ class RunFolder:
     def tokenizer(self) -> Path:
         """The tokenizer of the run's own text encoder."""
         return self.path / "tokenizer.json"
+
+    @property
+    def latents(self) -> Path:
+        """Mean and standard deviation of the latents that the run was trained on."""
+        return self.path / "latents.json"
 
     @property
     def ems(self) -> Path:
@@ -130,3 +136,10 @@ def read_record(folder: RunFolder) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return body if isinstance(body, dict) else {}
+
+
+def cache_folder() -> Path:
+    """Where smalti keeps what it can make again: $SMALTI_CACHE, or smalti/ in the user's cache folder."""
+    explicit = os.environ.get("SMALTI_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    return Path(explicit) if explicit else Path(base) / "smalti"

@@ -21,13 +21,13 @@ _FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-f
 def emoji_32() -> RunConfig:
     """Text to image on 32-pixel emoji: MM-DiT with its own text encoder, 30 minutes on two CPU cores, no download.
 
-    smalti data emoji --out data/emoji && smalti train emoji-32 --minutes 30
+    smalti data emoji && smalti train emoji-32 --minutes 30
     docs/text-to-image.md has what it reaches.
     """
-    text = TinyTextConfig()
+    text = TinyTextConfig(max_tokens=20)
     return RunConfig(
         recipe="emoji-32",
-        data=FolderData(path="data/emoji"),
+        data=FolderData(path="emoji"),
         budget=Budget("minutes", 30.0),
         model=MMDiTConfig(
             image_size=(32, 32),

@@ -27,11 +27,11 @@ from smalti.diffusion.objective import loss_by_timestep_bin, per_sample_loss
 from smalti.diffusion.processes import Process, make_process
 from smalti.images import class_columns, grid_picture
 from smalti.optim.schedule import learning_rate_factor
-from smalti.pipeline import Pipeline, own_prompt_encoder
+from smalti.pipeline import Decoder, Pipeline, own_prompt_encoder
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, read_config, read_record, write_config, write_json
 from smalti.training.batch import Batch, training_batch, validation_batch
-from smalti.training.data import kept_tokenizer, open_run_rows, pretrained_encoder, report_skipped
+from smalti.training.data import kept_tokenizer, open_run_data, pretrained_encoder, report_skipped
 from smalti.training.display import TrainingDisplay, terminal_display
 from smalti.training.forward import compile_blocks, missing_for_compilation, product_precision, repays_compilation
 from smalti.training.metrics import MetricLogs, truncate_log
@@ -135,14 +135,16 @@ def train(
     """
     # All that may be the caller's mistake comes before the folder is made.
     check_parts(config)
-    opened = open_run_rows(config)
+    display = display or terminal_display()
+    data = open_run_data(config, torch.device(device), out if resume else None)
     state = new_state(config, torch.device(device))
     text_encoder = pretrained_encoder(config, state.device)
     folder = prepare_folder(config, out, resume=resume, overwrite=overwrite)
-    display = display or terminal_display()
-    report_skipped(opened, display)
+    if data.statistics is not None:
+        write_json(folder.latents, data.statistics.to_json())
+    report_skipped(data.skipped, display)
     encode_captions, encode_prompts = text_encoder, text_encoder
-    tokenizer = kept_tokenizer(config, opened.training, folder)
+    tokenizer = kept_tokenizer(config, data.training, folder)
     if tokenizer is not None:
         assert isinstance(state.average, PromptedNetwork)
         encode_captions, encode_prompts = tokenizer.encode, own_prompt_encoder(state.average, tokenizer)
@@ -150,8 +152,8 @@ def train(
     _write_record(folder, config, state, "running")
     process = make_process(config.process)
     with _stop_requests() as stop, MetricLogs(folder, state.step) as logs, display:
-        rows = (opened.training.to(device), opened.held_out.to(device))
-        run = _Run(config, folder, process, state, logs, display, *rows, encode_captions, encode_prompts)
+        rows = (data.training.to(device), data.held_out.to(device))
+        run = _Run(config, folder, process, state, logs, display, *rows, encode_captions, encode_prompts, data.decode)
         outcome = run.until_done(stop)
     _write_record(folder, config, state, outcome)
     return TrainingResult(folder, outcome, state.step, state.seconds)
@@ -207,6 +209,7 @@ class _Run:
     held_out_rows: TrainingRows
     encode_captions: PromptEncoder | None = None  # captions to what a training step feeds the network
     encode_prompts: PromptEncoder | None = None  # prompts to what the averaged network is sampled with
+    decode: Decoder | None = None
 
     def until_done(self, stop: threading.Event) -> Outcome:
         """Steps until the budget is spent or a stop is asked for; saves at the end either way."""
@@ -327,7 +330,7 @@ class _Run:
     def _draw(self) -> None:
         """A grid of samples from the averaged weights; fixed seeds, so that grids compare."""
         assert isinstance(self.state.average, Backbone)
-        pipeline = Pipeline(self.state.average, self.config, self.encode_prompts)
+        pipeline = Pipeline(self.state.average, self.config, self.encode_prompts, self.decode)
         num_classes = self.config.num_classes
         columns = num_classes or _PREVIEW_COLUMNS
         if self.encode_prompts is not None:
