@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from smalti.data.decode import UnreadablePicture, fit_picture, grey_or_rgb, picture_size
@@ -130,8 +129,8 @@ def _in_pool(count: int, task: Callable[[int], str | None], progress: Progress |
 
     starts = range(0, count, _CHUNK)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool, warnings.catch_warnings():
-        # Pillow warns of pictures that are refused here anyway. The pool's threads share this thread's filters.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # Pillow warns of what is damaged or too large, which is collected here. The threads share these filters.
+        warnings.filterwarnings("ignore", module="PIL")
         for start, _ in zip(starts, pool.map(chunk, starts), strict=True):
             if progress is not None:
                 progress(min(start + _CHUNK, count), count)
