@@ -22,6 +22,7 @@ FLOORS = [
     ["config"],
     ["checkpoint", "run_folder", "images"],
     ["interop"],
+    ["pipeline_arguments"],
     ["pipeline"],
     ["training"],
     ["evaluation"],
@@ -29,7 +30,7 @@ FLOORS = [
     ["describe"],
     ["cli_progress", "cli_data_arguments"],
     ["cli_arguments"],
-    ["cli_weights", "cli_data"],
+    ["cli_weights", "cli_data", "cli_doctor"],
     ["cli"],
     ["__main__"],
 ]

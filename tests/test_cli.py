@@ -96,6 +96,14 @@ def test_sample_writes_pictures_grid_and_manifest_that_draw_again(run, tmp_path,
         (["sample", "RUN", "--num-inference-steps", "0"], "num_inference_steps=0"),
         (["sample", "RUN", "--solver-options", "eta=1"], "'eta' has no effect"),
         (["sample", "RUN", "--solver-options", "eta"], "name=value"),
+        *(
+            ([*command, "--solver-options", f"{option}=3"], f"option '{option}' has no effect on solver 'dpmpp_2m': ")
+            for command in (["sample", "RUN"], ["eval", "RUN"], ["explain"])
+            for option in ("seed", "process", "num_inference_steps", "nothing")
+        ),
+        (["explain", "--solver-options", "shift=2", "shift=3"], "shift is given twice"),
+        (["explain", "--solver", "ddim", "--solver-options", "eta=much"], "eta='much' must be a number"),
+        (["explain", "--solver-options", "times=3"], "times=3 must be two or more numbers"),
         (["sample", "RUN", "--strength", "0.5"], "--image"),
         (["sample", "RUN", "--image", "nowhere.png"], "--image nowhere.png"),
         (["eval", "RUN", "--process", "emd"], "edm"),

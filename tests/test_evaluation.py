@@ -8,7 +8,9 @@ from scipy import linalg
 from smalti.data.digits import load_digits
 from smalti.data.order import batch_indices
 from smalti.data.rows import to_bytes, to_signed_unit
+from smalti.evaluation.digits import evaluate_run
 from smalti.evaluation.frechet import bootstrap, frechet_distance
+from smalti.types import UserError
 
 
 def test_frechet_equals_the_closed_form_by_scipy():
@@ -67,3 +69,12 @@ def test_a_sampler_that_diverged_is_infinitely_far():
     broken = features.copy()
     broken[3, 1] = np.nan
     assert frechet_distance(broken, features) == float("inf")
+
+
+def test_a_mistake_in_the_settings_shows_before_a_judge_is_trained(trained_run, monkeypatch):
+    def never(progress):
+        raise AssertionError("the judge was asked for")
+
+    monkeypatch.setattr("smalti.evaluation.digits.load_judge", never)
+    with pytest.raises(UserError, match="num_inference_steps=0"):
+        evaluate_run(trained_run, num_inference_steps=0)

@@ -83,7 +83,8 @@ def test_caption_tokens_are_counted_in_order(rows):
         assert length == padded_length(sum(row))
 
 
-def test_what_is_kept_between_forwards_serves_training_too():
+def test_a_forward_with_gradients_computes_what_one_without_does():
+    """Without them the gate is multiplied in place."""
     model = randomised(TINY)
     x, t, text = inputs(TINY, size=(4, 14))
     cond = Condition(text_embeds=text)

@@ -16,6 +16,7 @@ from smalti.cli_arguments import (
     Adapt,
     Completion,
     Convert,
+    Doctor,
     Ems,
     Eval,
     Explain,
@@ -28,6 +29,7 @@ from smalti.cli_arguments import (
 )
 from smalti.cli_data import data_command
 from smalti.cli_data_arguments import Data
+from smalti.cli_doctor import doctor_command
 from smalti.cli_progress import progress_bar
 from smalti.cli_weights import adapt_command, convert_command, export_command
 from smalti.types import UserError
@@ -35,6 +37,7 @@ from smalti.types import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from smalti.config import SamplingConfig
     from smalti.pipeline import Editing
     from smalti.sampling.ems import EMSOrigin
     from smalti.sampling.guided import GuidanceOptions
@@ -107,19 +110,24 @@ def _train(command: Train) -> int:
     return 0
 
 
-def _solver_options(given: Sequence[str]) -> dict[str, Any]:
+def _solver_options(given: Sequence[str], solver: str) -> dict[str, Any]:
     """name=value texts as keyword arguments: numbers, true, false, or the text itself."""
     import json
+
+    from smalti.sampling.solvers import check_option_names
 
     options: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--solver-options {text!r} must have the form name=value")
+        if name in options:
+            raise UserError(f"--solver-options {text!r}: {name} is given twice")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
             options[name] = value
+    check_option_names(solver, options)
     return options
 
 
@@ -138,15 +146,15 @@ def _guidance(sampler: Sampler, default: "GuidanceOptions") -> "GuidanceOptions"
     return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
-def _sampling(sampler: Sampler, default: "GuidanceOptions") -> dict[str, Any]:
+def _sampling(sampler: Sampler, default: "SamplingConfig") -> dict[str, Any]:
     """The keyword arguments of a pipeline call that the command line's sampler stands for."""
     return {
         "num_inference_steps": sampler.num_inference_steps,
         "solver": sampler.solver,
         "spacing": sampler.spacing,
         "guidance_scale": sampler.guidance_scale,
-        "guidance": _guidance(sampler, default),
-        **_solver_options(sampler.solver_options),
+        "guidance": _guidance(sampler, default.guidance),
+        **_solver_options(sampler.solver_options, sampler.solver or default.solver),
     }
 
 
@@ -185,28 +193,33 @@ def _sample(command: Sample) -> int:
     import smalti
     from smalti.config import to_json
     from smalti.images import grid_picture
+    from smalti.run_folder import finite_json
     from smalti.training.memory import keep_freed_memory
 
     _set_threads(command.threads)
     keep_freed_memory()
     _check_device(command.device)
     pipe = smalti.load(command.run, checkpoint=command.checkpoint, device=command.device)
-    num_classes = pipe.config.model.num_classes
-    if command.num_images_per_label < 1:
-        raise UserError(f"--num-images-per-label {command.num_images_per_label} must be at least 1")
+    num_classes = getattr(pipe.config.model, "num_classes", 0)
+    each = command.num_images_per_label
+    if each < 1:
+        raise UserError(f"--num-images-per-label {each} must be at least 1")
     labels: list[int] | None = None
     if num_classes or command.class_labels:
-        labels = [c for c in command.class_labels or range(num_classes) for _ in range(command.num_images_per_label)]
+        labels = [c for c in command.class_labels or range(num_classes) for _ in range(each)]
+    prompts = [prompt for prompt in command.prompts for _ in range(each)] or None
     defaults = pipe.config.sampling
     sampler = command.sampler
     if sampler.process is not None:
         pipe = pipe.on_process(sampler.process)
-    sampling = _sampling(sampler, defaults.guidance)
+    sampling = _sampling(sampler, defaults)
     with progress_bar("sampling") as progress:
         output = pipe(
             labels,
-            num_images=None if labels is not None else command.num_images_per_label,
+            prompts=prompts,
+            num_images=None if labels or prompts or pipe.encode_prompts is not None else each,
             negative_class_labels=command.negative_class_labels or None,
+            negative_prompt=command.negative_prompt,
             editing=_editing(command, pipe.config.model.in_channels),
             seed=command.seed,
             batch_size=command.batch_size,
@@ -214,7 +227,7 @@ def _sample(command: Sample) -> int:
             **sampling,
         )
     scale = defaults.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
-    options = _solver_options(sampler.solver_options)
+    options = _solver_options(sampler.solver_options, output.plan.solver)
     if "ems" in options:
         options["ems_origin"] = asdict(_ems_origin(options["ems"], scale))
     settings = {
@@ -223,9 +236,10 @@ def _sample(command: Sample) -> int:
         "num_inference_steps": sampler.num_inference_steps or defaults.num_inference_steps,
         "network_calls": output.plan.num_calls,
         "times": output.plan.times.round(6).tolist(),
-        "guidance_scale": scale if labels is not None else 1.0,
+        "guidance_scale": scale if labels or prompts else 1.0,
         "guidance": to_json(sampling["guidance"]),
         "negative_class_labels": command.negative_class_labels,
+        "negative_prompt": command.negative_prompt,
         "image": str(command.image) if command.image else None,
         "strength": command.strength,
         "mask": str(command.mask) if command.mask else None,
@@ -240,9 +254,11 @@ def _sample(command: Sample) -> int:
             for i, image in enumerate(output.images):
                 image.save(command.out / f"{i:05}.png")
                 label = output.class_labels[i] if output.class_labels is not None else None
-                row = {"file": f"{i:05}.png", "class_label": label, "seed": output.seeds[i], **settings}
-                manifest.write(json.dumps(row) + "\n")
-        columns = min(command.num_images_per_label, 16)
+                prompt = output.prompts[i] if output.prompts is not None else None
+                asked = {"class_label": label, "prompt": prompt, "seed": output.seeds[i]}
+                row = {"file": f"{i:05}.png", **asked, **settings}
+                manifest.write(json.dumps(finite_json(row)) + "\n")
+        columns = min(each, 16)
         grid_picture(output.tensor, columns, zoom=2).save(command.out / "grid.png")
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -273,7 +289,7 @@ def _eval(command: Eval) -> int:
     from smalti.evaluation.digits import evaluate_run
     from smalti.run_folder import read_config
 
-    sampling = _sampling(command.sampler, read_config(command.run).sampling.guidance)
+    sampling = _sampling(command.sampler, read_config(command.run).sampling)
     report = _judged(command, "judging", evaluate_run, process=command.sampler.process, **sampling)
     print(report.text())
     return 0
@@ -293,7 +309,7 @@ def _explain(command: Explain) -> int:
         process=make_process(command.process),
         num_inference_steps=command.steps,
         spacing=command.spacing,
-        **_solver_options(command.solver_options),
+        **_solver_options(command.solver_options, command.solver),
     )
     _console().print(plan_table(plan))
     if command.plot is not None:
@@ -369,6 +385,7 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Export: export_command,
     Adapt: adapt_command,
     Data: data_command,
+    Doctor: doctor_command,
     Info: _info,
     Completion: _completion,
 }

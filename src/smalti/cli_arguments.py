@@ -125,21 +125,26 @@ class Sampler:
 class Sample:
     """Draw pictures from a run.
 
-    Example: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
+    Examples: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
+              smalti sample runs/emoji-32 --prompts "a red heart" "a cat with wry smile" --guidance-scale 4
 
-    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label, seed, every setting). A picture
-    depends on its own seed and label alone, so any row of a manifest can be drawn again by itself.
+    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label or prompt, seed, every setting). A
+    picture depends on its own seed and label or prompt alone, so any row of a manifest can be drawn again by itself.
     """
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run directory."""
     class_labels: tuple[int, ...] = ()
     """Labels to draw (default: each class once)."""
-    num_images_per_label: int = 8
-    """Pictures for each label (or in all, for an unconditional network)."""
+    prompts: tuple[str, ...] = ()
+    """What to draw, for a network that reads text."""
+    num_images_per_label: Annotated[int, arg(aliases=["--num-images-per-prompt"])] = 8
+    """Pictures for each label or prompt (or in all, for an unconditional network)."""
     sampler: Sampler = Sampler()
     negative_class_labels: tuple[int, ...] = ()
     """Labels to move away from, in place of the null label: one for all, or one a picture."""
+    negative_prompt: str | None = None
+    """What to move away from, in place of the empty prompt."""
     image: Path | None = None
     """A picture to begin from (with --strength) or to keep a part of (with --mask)."""
     strength: float = 1.0
@@ -327,13 +332,14 @@ class Export:
 
 @dataclass(frozen=True)
 class Adapt:
-    """Change a DiT's number of classes, resolution, patch size or depth, keeping what can be kept.
+    """Change a network's number of classes, resolution, patch size, depth or text width, keeping what can be kept.
 
     Example: smalti adapt runs/mnist wider --num-classes 20 --depth 6
 
-    Classes that both have are kept; learned positions are interpolated; patch kernels are resized; a deeper network
-    computes at first what the old one did. Prints what became of each tensor; writes a network for `smalti train
-    --set initial_weights=OUT`.
+    Takes a DiT, a U-ViT or an MM-DiT (of which the last has text for classes). Classes that both have are kept; tables
+    of positions are interpolated; patch kernels are resized; a deeper network computes at first what the old one did;
+    another text width starts with a fresh projection. Prints what became of each tensor; writes a network for `smalti
+    train --set initial_weights=OUT`.
     """
 
     source: Annotated[Positional[str], arg(metavar="IN")]
@@ -348,12 +354,37 @@ class Adapt:
     """The new patch size."""
     depth: int | None = None
     """The new number of blocks."""
+    text_width: int | None = None
+    """The new width of text tokens."""
+    pooled_width: int | None = None
+    """The new width of the pooled text vector."""
     seed: int = 0
     """Seed of what starts fresh."""
     checkpoint: str | None = None
     """Of a run: a folder's name under checkpoints/ (default: the newest)."""
     overwrite: bool = False
     """Replace OUT."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Examine a recipe before it trains, on its real data, in seconds.
+
+    Example: smalti doctor emoji-32 --set data.path=my-pictures
+
+    Says what was found and skipped, how long captions are against what the encoder reads, how classes are spread, the
+    values that the network will see, whether guidance can work, what a step costs and how long the budget takes. Exits
+    with 1 where training would fail or be wasted.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name, such as emoji-32."""
+    set: tuple[str, ...] = ()
+    """Config fields as field=value, as for `smalti train`."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+    device: str = "cpu"
+    """Where it will be trained: cpu, cuda, cuda:1, mps."""
 
 
 @dataclass(frozen=True)
@@ -390,6 +421,7 @@ COMMANDS: dict[str, type[Any]] = {
     "export": Export,
     "adapt": Adapt,
     "data": Data,
+    "doctor": Doctor,
     "info": Info,
     "completion": Completion,
 }

@@ -100,6 +100,7 @@ def judge_features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def held_out_accuracy(judge: Judge, held_out: PicturesInMemory) -> float:
     """Share of held-out rows that the judge reads right."""
+    assert held_out.class_labels is not None
     _, predicted = judge_features(judge, to_signed_unit(held_out.images))
     return float((predicted == held_out.class_labels).float().mean())
 

@@ -4,9 +4,16 @@ from collections.abc import Callable
 
 from smalti.config import RunConfig
 from smalti.recipes.digits import mnist, mnist_ddpm
+from smalti.recipes.pictures import emoji_32, fashion, folder
 from smalti.types import unknown_name
 
-_RECIPES: dict[str, Callable[[], RunConfig]] = {"mnist": mnist, "mnist-ddpm": mnist_ddpm}
+_RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "mnist": mnist,
+    "mnist-ddpm": mnist_ddpm,
+    "fashion": fashion,
+    "emoji-32": emoji_32,
+    "folder": folder,
+}
 
 
 def recipe_names() -> list[str]:

@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 
 from smalti import rng
+from smalti.conditioning.captions import FIRST_CAPTIONS, pick_captions
 from smalti.config import RunConfig
 from smalti.data.order import batch_indices
-from smalti.data.rows import PicturesInMemory
+from smalti.data.rows import TrainingRows
 from smalti.diffusion.process import Process
 from smalti.diffusion.timesteps import stratify, trained_span
+from smalti.pipeline_arguments import PromptEncoder
 from smalti.types import Condition
 
 
 @dataclass(frozen=True)
 class Batch:
-    """x0, eps: [batch, channels, height, width]. t: float64 [batch]. cond: labels, some of them the null label."""
+    """x0, eps: [batch, channels, height, width]. t: float64 [batch]. cond: labels or captions, some of them dropped."""
 
     x0: Tensor
     eps: Tensor
@@ -24,31 +26,56 @@ class Batch:
     cond: Condition | None
 
 
-def training_batch(config: RunConfig, process: Process, rows: PicturesInMemory, step: int) -> Batch:
-    """The batch of a step (0, 1, ...), on the device of rows; a function of (config.seed, step) alone."""
+def training_batch(
+    config: RunConfig, process: Process, rows: TrainingRows, step: int, encode_captions: PromptEncoder | None = None
+) -> Batch:
+    """The batch of a step (0, 1, ...), on the device of rows; a function of (config.seed, step) alone.
+
+    encode_captions: of a network that reads text, captions to the fields of a condition.
+    """
     size, seed = config.loop.batch_size, config.seed
-    device = rows.images.device
+    indices = batch_indices(step, size, len(rows), seed)
+    x0 = rows.read(indices, step)
+    device = x0.device
     slots = torch.arange(size, device=device)
-    indices = batch_indices(step, size, len(rows), seed).to(device)
-    x0, labels = rows.labelled(indices)
     eps = rng.normal(tuple(x0.shape[1:]), seed=seed, purpose="train/noise", index=slots, call=step, device=device)
     u = rng.uniform((2,), seed=seed, purpose="train/timestep", index=slots, call=step, device=device)
     share = stratify(u[:, 0], slots, size) if config.loop.stratified_timesteps else u[:, 0]
     t = config.timesteps(share, process)
-    if not config.model.num_classes:
+    if encode_captions is not None:
+        assert rows.captions is not None
+        captions = pick_captions(rows.captions, indices, slots, seed, step, config.captions)
+        return Batch(x0, eps, t, encode_captions(captions).to(device))
+    labels = _labels(config, rows, indices)
+    if labels is None:
         return Batch(x0, eps, t, None)
     dropped = u[:, 1] < config.loop.label_dropout
-    return Batch(x0, eps, t, Condition(class_labels=torch.where(dropped, config.model.num_classes, labels)))
+    return Batch(x0, eps, t, Condition(class_labels=torch.where(dropped, config.num_classes, labels.to(device))))
 
 
-def validation_batch(config: RunConfig, process: Process, rows: PicturesInMemory) -> Batch:
-    """Held-out rows at fixed t, evenly spread, with fixed noise and true labels: the same in every run of a process."""
-    device = rows.images.device
-    count = min(256, len(rows))
-    slots = torch.arange(count, device=device)
-    x0, labels = rows.labelled(slots)
-    eps = rng.normal(tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots, device=device)
+def validation_batch(
+    config: RunConfig, process: Process, rows: TrainingRows, encode_captions: PromptEncoder | None = None
+) -> Batch:
+    """Held-out rows at fixed t, evenly spread, with fixed noise and true labels or first captions: the same in every
+    run of a process."""
+    slots = torch.arange(min(256, len(rows)))
+    x0 = rows.read(slots)
+    device = x0.device
+    eps = rng.normal(tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots.to(device), device=device)
     # 0.618...: neighbours in row order get far-apart t, so that classes and t do not go together.
     t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)
-    cond = Condition(class_labels=labels) if config.model.num_classes else None
-    return Batch(x0, eps, t, cond)
+    t = t.to(device, rng.widest_float(device))
+    if encode_captions is not None:
+        assert rows.captions is not None
+        captions = pick_captions(rows.captions, slots, slots, 0, 0, FIRST_CAPTIONS)
+        return Batch(x0, eps, t, encode_captions(captions).to(device))
+    labels = _labels(config, rows, slots)
+    return Batch(x0, eps, t, None if labels is None else Condition(class_labels=labels.to(device)))
+
+
+def _labels(config: RunConfig, rows: TrainingRows, indices: Tensor) -> Tensor | None:
+    """Class labels of rows, where the network is told them."""
+    if not config.num_classes:
+        return None
+    assert rows.class_labels is not None
+    return rows.class_labels[indices.to(rows.class_labels.device)]
