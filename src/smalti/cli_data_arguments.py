@@ -52,16 +52,20 @@ class DataCache:
 
     Example: smalti data cache pictures --encoder runs/autoencoder --size 64 64 --jobs 2
 
-    An entry is addressed by the picture's bytes, the encoder's weights, and size and crop. A second run encodes nothing;
-    what changed, is new or is damaged is encoded; a run that was killed is gone on with. See docs/data-cache.md.
+    An entry is addressed by the picture's bytes, the encoder's weights, and size and crop. A second run encodes
+    nothing; what changed, is new or is damaged is encoded; a run that was killed is gone on with. See
+    docs/data-cache.md.
     """
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
     """What `smalti data show` takes."""
     encoder: str
-    """An autoencoder's folder (of diffusers, or of `smalti train-autoencoder`), a name on the hub, or kl, dc, tiny, vq."""
-    out: Path = Path("cache")
-    """The cache's folder. One folder serves any number of sources, encoders and sizes."""
+    """An autoencoder's folder (diffusers', or of `smalti train-autoencoder`), a name on the hub, or kl, dc, tiny or
+    vq."""
+    subfolder: str | None = None
+    """Where in it (default: vae or vqvae, where it has one of them)."""
+    out: Path | None = None
+    """The cache's folder (default: the one that `smalti train` reads). It serves any sources, encoders and sizes."""
     size: tuple[int, int] = (256, 256)
     """Height and width of the pictures that are encoded."""
     flips: bool = False

@@ -9,6 +9,7 @@ timing.jsonl      images a second, seconds                  tensorboard/      th
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,10 @@ def read_record(folder: RunFolder) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return body if isinstance(body, dict) else {}
+
+
+def cache_folder() -> Path:
+    """Where smalti keeps what it can make again: $SMALTI_CACHE, or smalti/ in the user's cache folder."""
+    explicit = os.environ.get("SMALTI_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    return Path(explicit) if explicit else Path(base) / "smalti"

@@ -6,7 +6,6 @@ distance. Seconds on a CPU, and nothing to download.
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from smalti import rng
 from smalti.data.digits import load_digits
 from smalti.data.order import batch_indices
 from smalti.data.rows import PicturesInMemory, to_signed_unit
+from smalti.run_folder import cache_folder
 
 FEATURE_WIDTH = 64
 _VERSION = 1  # of what is cached: raise it with any change to the network, its training or its data
@@ -103,13 +103,6 @@ def held_out_accuracy(judge: Judge, held_out: PicturesInMemory) -> float:
     assert held_out.class_labels is not None
     _, predicted = judge_features(judge, to_signed_unit(held_out.images))
     return float((predicted == held_out.class_labels).float().mean())
-
-
-def cache_folder() -> Path:
-    """Where smalti keeps what it can make again: $SMALTI_CACHE, or smalti/ in the user's cache folder."""
-    explicit = os.environ.get("SMALTI_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    return Path(explicit) if explicit else Path(base) / "smalti"
 
 
 def load_judge(progress: Callable[[int, int], None] | None = None) -> Judge:

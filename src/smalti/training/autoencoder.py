@@ -23,9 +23,10 @@ from smalti.optim.optimizers import AdamWConfig, build_optimizers
 from smalti.optim.schedule import Schedule, learning_rate_factor
 from smalti.run_folder import write_json
 from smalti.training.display import TrainingDisplay, terminal_display
+from smalti.training.loop import TrainingDiverged, budget_progress
 from smalti.types import UserError
 
-_RECORD, _PICTURE = "training.json", "reconstructions.png"
+_RECORD, PICTURE = "training.json", "reconstructions.png"
 _SHOWN = 16  # pictures in the picture
 _MEASURED = 512  # held-out rows that the PSNR is measured on
 
@@ -130,7 +131,7 @@ def train_autoencoder(
 
     With a budget in steps or epochs the weights are a function of the config and the rows. Ctrl-C ends the training and
     keeps what is there. Raises UserError for rows that do not fit the network and a folder that holds something else,
-    RuntimeError for a loss that is not finite.
+    TrainingDiverged for a loss that is not finite.
     """
     channels, height, width = training_rows.shape
     _check_rows(config, channels, height, width)
@@ -141,16 +142,16 @@ def train_autoencoder(
     average = copy.deepcopy(model).requires_grad_(False).eval()
     before = psnr(average, held_out_rows)
     display = display or terminal_display()
-    started, step, outcome = time.monotonic(), 0, "finished"
+    started, step, progress, outcome = time.monotonic(), 0, 0.0, "finished"
     with display:
         display.message(f"PSNR on held-out pictures before: {before:.1f} dB")
-        step_of = _stepper(config, model, average, training_rows)
+        do_step = _stepper(config, model, average, training_rows)
         try:
-            while (progress := _spent(config, step, time.monotonic() - started, len(training_rows))) < 1:
-                loss = step_of(step, progress)
+            while progress < 1:
+                loss = do_step(step, progress)
                 step += 1
                 seconds = time.monotonic() - started
-                progress = _spent(config, step, seconds, len(training_rows))
+                progress = budget_progress(config.budget, step, seconds, config.batch_size, len(training_rows))
                 left = seconds / max(progress, 1e-9) * (1 - progress)
                 display.update(step, progress, loss, step * config.batch_size / seconds, left)
         except KeyboardInterrupt:
@@ -160,7 +161,7 @@ def train_autoencoder(
         display.message(f"PSNR on held-out pictures after {step} steps: {after:.1f} dB")
     save_small_kl(average, out)
     shown = held_out_rows.read(torch.arange(min(_SHOWN, len(held_out_rows)))).to(device)
-    grid_picture(torch.cat([shown, reconstruct(average, shown)]), len(shown), zoom=2).save(out / _PICTURE)
+    grid_picture(torch.cat([shown, reconstruct(average, shown)]), len(shown), zoom=2).save(out / PICTURE)
     result = TrainedAutoencoder(average, before, after, step, seconds, outcome)
     record = {
         "config": to_json(config), "steps": step, "seconds": round(seconds, 1), "outcome": outcome,
@@ -208,15 +209,6 @@ def _prepare_folder(out: Path, overwrite: bool) -> None:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
 
 
-def _spent(config: AutoencoderTraining, step: int, seconds: float, num_rows: int) -> float:
-    """Share of the budget that is spent, in [0, 1]."""
-    amount = config.budget.amount
-    if config.budget.unit == "minutes":
-        return min(1.0, seconds / (60 * amount))
-    steps = amount if config.budget.unit == "steps" else amount * num_rows / config.batch_size
-    return min(1.0, step / math.ceil(steps))
-
-
 def _stepper(
     config: AutoencoderTraining, model: SmallKL, average: SmallKL, rows: TrainingRows
 ) -> Callable[[int, float], float]:
@@ -240,7 +232,7 @@ def _stepper(
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm.item())):
-            raise RuntimeError(f"loss {value} at step {step} is not finite: try a lower learning rate")
+            raise TrainingDiverged(f"loss {value} at step {step} is not finite: try a lower learning rate")
         for group in optimizer.param_groups:
             group["lr"] = config.optimizer.learning_rate * learning_rate_factor(config.schedule, step, progress)
         optimizer.step()
