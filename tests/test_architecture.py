@@ -28,9 +28,10 @@ FLOORS = [
     ["evaluation"],
     ["recipes"],
     ["describe"],
-    ["cli_progress", "cli_data_arguments"],
+    ["cli_options", "cli_progress", "cli_data_arguments"],
     ["cli_arguments"],
-    ["cli_weights", "cli_data", "cli_doctor"],
+    ["cli_weights", "cli_latents", "cli_doctor"],
+    ["cli_data"],
     ["cli"],
     ["__main__"],
 ]

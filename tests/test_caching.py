@@ -77,7 +77,7 @@ def test_the_mirror_image_is_encoded_and_not_the_latent_mirrored(pictures):
 
 
 def test_only_what_changed_is_encoded_again(pictures):
-    data, config, cache, tensors = pictures
+    data, config, cache, _ = pictures
     assert open_latents(cache, data, config, SIZE).report.encoded == 10
     assert open_latents(cache, data, config, SIZE).report.encoded == 0
     path = Path(data.path) / "odd" / "3.png"

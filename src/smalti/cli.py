@@ -25,11 +25,14 @@ from smalti.cli_arguments import (
     Sample,
     Sampler,
     Train,
+    TrainAutoencoder,
     Tune,
 )
 from smalti.cli_data import data_command
 from smalti.cli_data_arguments import Data
 from smalti.cli_doctor import doctor_command
+from smalti.cli_latents import train_autoencoder_command
+from smalti.cli_options import check_device, chosen_budget, set_threads
 from smalti.cli_progress import progress_bar
 from smalti.cli_weights import adapt_command, convert_command, export_command
 from smalti.types import UserError
@@ -54,48 +57,23 @@ def _console() -> "Console":
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
-def _set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise UserError(f"--threads {threads} must be at least 1")
-        torch.set_num_threads(threads)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from None
-
-
 def _train(command: Train) -> int:
     from dataclasses import replace
 
-    from smalti.config import Budget, BudgetUnit, apply_overrides
+    from smalti.config import apply_overrides
     from smalti.recipes import recipe
     from smalti.training.loop import TrainingDiverged, train
     from smalti.training.memory import keep_freed_memory
 
-    amounts: dict[BudgetUnit, float | None] = {
-        "minutes": command.minutes,
-        "steps": command.steps,
-        "epochs": command.epochs,
-    }
-    given = [Budget(unit, amount) for unit, amount in amounts.items() if amount is not None]
-    if len(given) > 1:
-        raise UserError("give one budget: --minutes, --steps or --epochs, not several")
+    budget = chosen_budget(command)
     if command.resume and command.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
     config = apply_overrides(recipe(command.recipe), command.set)
-    if given:
-        config = replace(config, budget=given[0])
+    if budget is not None:
+        config = replace(config, budget=budget)
     out = command.out or Path("runs") / command.recipe
-    _set_threads(command.threads)
-    _check_device(command.device)
+    set_threads(command.threads)
+    check_device(command.device)
     keep_freed_memory()
     try:
         result = train(config, out, resume=command.resume, overwrite=command.overwrite, device=command.device)
@@ -196,9 +174,9 @@ def _sample(command: Sample) -> int:
     from smalti.run_folder import finite_json
     from smalti.training.memory import keep_freed_memory
 
-    _set_threads(command.threads)
+    set_threads(command.threads)
     keep_freed_memory()
-    _check_device(command.device)
+    check_device(command.device)
     pipe = smalti.load(command.run, checkpoint=command.checkpoint, device=command.device)
     num_classes = getattr(pipe.config.model, "num_classes", 0)
     each = command.num_images_per_label
@@ -272,7 +250,7 @@ def _judged(command: Eval | Tune, text: str, judge: Callable[..., Result], **arg
     """judge on the samples that the command asks for, under a progress bar."""
     from smalti.training.memory import keep_freed_memory
 
-    _set_threads(command.threads)
+    set_threads(command.threads)
     keep_freed_memory()
     with progress_bar(text) as progress:
         return judge(
@@ -336,7 +314,7 @@ def _ems(command: Ems) -> int:
     from smalti.sampling.ems import save_ems
     from smalti.training.memory import keep_freed_memory
 
-    _set_threads(command.threads)
+    set_threads(command.threads)
     keep_freed_memory()
     with progress_bar("measuring") as progress:
         ems = estimate_run_ems(
@@ -378,6 +356,7 @@ def _completion(command: Completion) -> int:
 
 _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Train: _train,
+    TrainAutoencoder: train_autoencoder_command,
     Sample: _sample,
     Eval: _eval,
     Explain: _explain,

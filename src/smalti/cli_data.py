@@ -1,11 +1,12 @@
-"""The commands on data: emoji, show."""
+"""The commands on data: emoji, show; cache is in cli_latents.py."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smalti.cli_data_arguments import Data, DataEmoji, DataShow
-from smalti.cli_progress import progress_bar
+from smalti.cli_data_arguments import Data, DataCache, DataEmoji, DataShow
+from smalti.cli_latents import cache_command
+from smalti.cli_progress import progress_bar, skipped_lines
 from smalti.types import UserError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from smalti.data.rows import TrainingRows
     from smalti.data.sources import DataConfig
 
-_LISTED = 10  # skipped files, classes and the like that are printed
+_LISTED = 10  # classes that are printed
 
 
 def data_command(command: Data) -> int:
@@ -25,6 +26,8 @@ def data_command(command: Data) -> int:
             return _emoji(command.command)
         case DataShow():
             return _show(command.command)
+        case DataCache():
+            return cache_command(command.command)
 
 
 def _write_sheet(rows: "TrainingRows", chosen: "Tensor", columns: int, path: Path) -> None:
@@ -115,8 +118,4 @@ def _findings(opened: "OpenedRows") -> list[str]:
         lines.append(f"classes: {len(opened.class_names)}: {shown}{more}")
     else:
         lines.append("classes: none")
-    lines.append(f"skipped: {len(opened.skipped) or 'none'}")
-    lines += [f"  {key}: {reason}" for key, reason in opened.skipped[:_LISTED]]
-    if len(opened.skipped) > _LISTED:
-        lines.append(f"  and {len(opened.skipped) - _LISTED} more")
-    return lines
+    return lines + skipped_lines(opened.skipped)

@@ -47,11 +47,48 @@ class DataShow:
 
 
 @dataclass(frozen=True)
+class DataCache:
+    """Encode the pictures of a source once, into a cache of latents that training reads.
+
+    Example: smalti data cache pictures --encoder runs/autoencoder --size 64 64 --jobs 2
+
+    An entry is addressed by the picture's bytes, the encoder's weights, and size and crop. A second run encodes
+    nothing; what changed, is new or is damaged is encoded; a run that was killed is gone on with. See
+    docs/data-cache.md.
+    """
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """What `smalti data show` takes."""
+    encoder: str
+    """An autoencoder's folder (diffusers', or of `smalti train-autoencoder`), a name on the hub, or kl, dc, tiny or
+    vq."""
+    subfolder: str | None = None
+    """Where in it (default: vae or vqvae, where it has one of them)."""
+    out: Path | None = None
+    """The cache's folder (default: the one that `smalti train` reads). It serves any sources, encoders and sizes."""
+    size: tuple[int, int] = (256, 256)
+    """Height and width of the pictures that are encoded."""
+    flips: bool = False
+    """Also encode the mirror images, for training with flips."""
+    jobs: int = 1
+    """Processes that encode."""
+    batch_size: int = 16
+    """Pictures encoded at a time, in each process."""
+    device: str = "cpu"
+    """Where to encode: cpu, cuda, cuda:1, mps."""
+
+
+@dataclass(frozen=True)
 class Data:
-    """Make and look at sets of pictures.
+    """Make, look at and encode sets of pictures.
 
     Examples: smalti data emoji --out emoji
               smalti data show emoji
+              smalti data cache emoji --encoder runs/autoencoder --size 64 64
     """
 
-    command: Annotated[DataEmoji, subcommand("emoji")] | Annotated[DataShow, subcommand("show")]
+    command: (
+        Annotated[DataEmoji, subcommand("emoji")]
+        | Annotated[DataShow, subcommand("show")]
+        | Annotated[DataCache, subcommand("cache")]
+    )

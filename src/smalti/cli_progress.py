@@ -1,7 +1,7 @@
-"""A progress bar for the command line."""
+"""What commands that read many pictures print: a progress bar, and what was skipped."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class progress_bar:
@@ -21,3 +21,12 @@ class progress_bar:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+
+_LISTED = 10
+
+
+def skipped_lines(skipped: Sequence[tuple[str, str]]) -> list[str]:
+    """How many pictures were skipped, and the first of them with the reason, a line each."""
+    lines = [f"skipped: {len(skipped) or 'none'}", *(f"  {key}: {reason}" for key, reason in skipped[:_LISTED])]
+    return lines + ([f"  and {len(skipped) - _LISTED} more"] if len(skipped) > _LISTED else [])

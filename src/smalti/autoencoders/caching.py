@@ -83,6 +83,7 @@ def open_latents(
         raise UserError(f"the autoencoder takes {autoencoder.in_channels} channels: pictures have 1 or 3")
     if any(side % autoencoder.factor for side in image_size):
         raise UserError(f"image_size={image_size}: the autoencoder's factor of {autoencoder.factor} must divide both")
+    height, width = (side // autoencoder.factor for side in image_size)
     listing = list_pictures(data)
     contents, unread = _contents(listing, reading)
     transform = {"size": list(image_size), "channels": autoencoder.in_channels, "fit": listing.fit}
@@ -118,7 +119,7 @@ def open_latents(
         labels, captions = listing.class_labels, listing.captions
         return CachedLatents(
             cache,
-            (autoencoder.latent_channels, *(side // autoencoder.factor for side in image_size)),
+            (autoencoder.latent_channels, height, width),
             [keys[row] for row in chosen],
             statistics,
             [flipped_keys[row] for row in chosen] if flips else None,

@@ -22,8 +22,8 @@ EncodeCaptions = Callable[[Sequence[str]], Condition]
 class CachedLatents:
     """TrainingRows of latents: drawn anew at each reading from the moments in the cache, then normalised.
 
-    shape: channels, height and width of the latents. keys: a row's entry. flipped_keys: the entry of its mirror image; a row is then read from either, half the time
-    each. seed: of the noise and the flips.
+    shape: channels, height and width of the latents. keys: a row's entry. flipped_keys: the entry of its mirror image;
+    a row is then read from either, half the time each. seed: of the noise and the flips.
     """
 
     cache: Cache

@@ -57,12 +57,12 @@ class TrainingResult:
     seconds: float
 
 
-def budget_progress(budget: Budget, state: TrainingState, batch_size: int, num_rows: int) -> float:
-    """Share of the budget that is spent, in [0, 1]."""
+def budget_progress(budget: Budget, step: int, seconds: float, batch_size: int, num_rows: int) -> float:
+    """Share of the budget that is spent after so many steps and seconds, in [0, 1]."""
     if budget.unit == "minutes":
-        return min(1.0, state.seconds / (60 * budget.amount))
+        return min(1.0, seconds / (60 * budget.amount))
     steps = budget.amount if budget.unit == "steps" else budget.amount * num_rows / batch_size
-    return min(1.0, state.step / math.ceil(steps))
+    return min(1.0, step / math.ceil(steps))
 
 
 @contextmanager
@@ -247,7 +247,8 @@ class _Run:
         return "finished"
 
     def _progress(self) -> float:
-        return budget_progress(self.config.budget, self.state, self.config.loop.batch_size, len(self.training_rows))
+        budget, size, state = self.config.budget, self.config.loop.batch_size, self.state
+        return budget_progress(budget, state.step, state.seconds, size, len(self.training_rows))
 
     def _seconds_left(self, progress: float, window: list[float]) -> float:
         budget = self.config.budget
