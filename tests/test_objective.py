@@ -143,6 +143,12 @@ def test_a_run_logs_its_validation_loss_by_timestep(tmp_path):
     [
         (["weighting=minsnr"], "weighting='minsnr' must be one of uniform, min_snr, sigma_sqrt, cosmap, edm"),
         (["prediction_type=eps", "process=vp_linear_zero_snr"], "prediction_type='eps' says nothing of x0 at pure"),
+        (["vlb_weight=-1"], r"vlb_weight=-1\.0 must be at least 0"),
+        (
+            ["vlb_weight=0.001", "process=vp_linear_discrete"],
+            r"vlb_weight=0\.001 has no effect.*model\.learn_sigma=true",
+        ),
+        (["learn_sigma=true", "vlb_weight=0.001"], r"vlb_weight=0\.001 is for a process of steps.*'rectified_flow'"),
     ],
 )
 def test_bad_objectives_are_refused(overrides, says):

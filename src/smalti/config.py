@@ -126,7 +126,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         process = make_process(self.process)  # raises for an unknown name
-        check_objective(self.objective, process)
+        check_objective(self.objective, process, getattr(self.model, "learn_sigma", False))
         check_density(self.timesteps, process)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} must lie in 0 .. 2^63 - 1")
