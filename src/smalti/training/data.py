@@ -46,8 +46,9 @@ def open_run_data(
     if isinstance(config.autoencoder, Pixels):
         opened = open_run_rows(config, progress)
         return RunData(opened.training, opened.held_out, opened.skipped)
-    factor = load_autoencoder(config.autoencoder).factor
-    height, width = config.model.image_size
+    autoencoder = load_autoencoder(config.autoencoder)
+    assert autoencoder is not None
+    factor, (height, width) = autoencoder.factor, config.model.image_size
     kept = None if run is None else RunFolder(run).latents
     latents = open_latents(
         cache_folder() / "latents",
