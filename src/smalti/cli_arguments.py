@@ -17,7 +17,9 @@ class Train:
 
     The run directory holds the full config, checkpoints, metrics (JSONL and TensorBoard) and sample grids. Ctrl-C saves
     and stops; --resume goes on where a run stopped, also after a crash. Recipes: mnist (the best three minutes on a
-    CPU), mnist-ddpm (DiT's published recipe on the same digits). `smalti info RECIPE` shows every field --set takes.
+    CPU), mnist-ddpm (DiT's published recipe on the same digits), fashion (clothes by class), emoji-32 (text to image
+    on emoji), folder (text to image on pictures of your own). `smalti doctor RECIPE` examines one before it trains;
+    `smalti info RECIPE` shows every field --set takes.
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
@@ -439,5 +441,11 @@ Five minutes, from nothing to judged digits:
     smalti explain --steps 5             what did the solver do?
     smalti tune runs/mnist --budget 10   which settings suit ten network calls?
     smalti info runs/mnist               what is this model?
+
+From a folder of pictures with captions to pictures of a prompt:
+
+    smalti doctor folder --set data.path=my-pictures    will it work, how long will it take?
+    smalti train folder --set data.path=my-pictures     train a text-to-image MM-DiT -> runs/folder
+    smalti sample runs/folder --prompts "a red bicycle"
 
 `smalti COMMAND --help` teaches each command."""

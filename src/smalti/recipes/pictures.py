@@ -59,7 +59,7 @@ def emoji_32() -> RunConfig:
             precision="auto",
             compile=True,
         ),
-        sampling=SamplingConfig(guidance_scale=4.0),
+        sampling=SamplingConfig(guidance_scale=3.0),
     )
 
 
