@@ -87,7 +87,7 @@ def smalti_step(batch_size: int, activation: str, compiled: bool) -> Callable[[]
     network = torch.compile(state.model) if compiled else state.model
 
     def step() -> None:
-        batch = training_batch(config, process, rows, state.step)
+        batch = training_batch(config, process, (rows,), state.step)
         loss = per_sample_loss(network, process, config.objective, batch.x0, batch.eps, batch.t, batch.cond).mean()
         for parameter in state.parameters:
             parameter.grad = None

@@ -189,3 +189,20 @@ def test_features_by_name():
     assert not model.blocks[1]._forward_hooks
     with pytest.raises(UserError, match=r"did you mean 'blocks.1'"):
         forward_with_features(model, ["blocks.7"], x, t, cond)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rope", "sincos+rope"])
+def test_another_size_is_what_a_network_made_for_it_computes(positions):
+    config = dataclasses.replace(TINY, positions=positions)
+    other = dataclasses.replace(config, image_size=(config.image_size[0] + 4 * config.patch_size, config.patch_size))
+    model, wanted = randomised(config), build_model(other).eval()
+    wanted.load_state_dict(model.state_dict())
+    x, t, cond = inputs(other)
+    torch.testing.assert_close(model(x, t, cond), wanted(x, t, cond))
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    x, t, cond = inputs(TINY)
+    for positions, wrong, says in (("sincos", x[..., 1:], "must divide"), ("learned", torch.cat([x, x], 2), "learned")):
+        with pytest.raises(UserError, match=says):
+            build_model(dataclasses.replace(TINY, positions=positions))(wrong, t, cond)

@@ -153,6 +153,8 @@ class Sample:
     """How far --image is noised, above 0 to 1; 1 leaves nothing of it and is for --mask."""
     mask: Path | None = None
     """A picture of the image's size: white where to paint, black where to keep --image."""
+    image_size: tuple[int, int] | None = None
+    """Height and width, for a network that takes others than it was trained at."""
     seed: int = 0
     """Seed of the first picture; picture i takes seed + i."""
     batch_size: int = 64

@@ -9,7 +9,7 @@ import difflib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from smalti.autoencoders.registry import AutoencoderConfig, Pixels
 from smalti.conditioning.captions import CaptionPolicy
@@ -73,6 +73,26 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class BucketConfig:
+    """Pictures of near shapes share batches of one size. token_budget: most tokens of a size, 0: the network's own.
+
+    max_aspect: of the longer side to the shorter. step: sides are multiples of so many tokens.
+    """
+
+    kind: ClassVar[str] = "aspect"
+    token_budget: int = 0
+    max_aspect: float = 2.0
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if self.token_budget < 0 or self.max_aspect < 1 or self.step < 1:
+            raise UserError(
+                f"buckets: token_budget={self.token_budget} must not be negative, max_aspect={self.max_aspect} and "
+                f"step={self.step} must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How the run is sampled unless the caller says otherwise."""
 
@@ -101,6 +121,7 @@ class RunConfig:
 
     recipe: str
     data: DataConfig = field(default_factory=DigitsData)
+    buckets: BucketConfig | None = None  # sizes by aspect ratio in place of one; `--set buckets=aspect`
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
     model: TrainableModelConfig = field(default_factory=DiTConfig)

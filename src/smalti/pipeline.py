@@ -211,6 +211,7 @@ class Pipeline:
         negative_class_labels: Sequence[int] | Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         editing: Editing | None = None,
+        image_size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
         progress: Callable[[int, int], None] | None = None,
@@ -221,7 +222,8 @@ class Pipeline:
         class_labels: one a picture; prompts for a network that reads text, one a picture or one for num_images;
         num_images alone for an unconditional network. guidance_scale: 1 = off; guidance: interval, schedule and method;
         negative_class_labels, negative_prompt: one for all or one a picture, in place of the null label or prompt.
-        editing: a picture to begin from, and what of it to keep. seed: an int (picture i takes seed + i) or one int a
+        editing: a picture to begin from, and what of it to keep. image_size: height and width, for a network that takes
+        others than its own (of the latents, where it denoises latents). seed: an int (picture i takes seed + i) or one int a
         picture; a picture depends on its own seed and label alone. batch_size: pictures that share a forward.
         progress(done, total) is called after each batch. solver_options: as in plan(). What is None takes the run's
         default. Raises UserError naming the argument.
@@ -250,7 +252,7 @@ class Pipeline:
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
             row_seeds = torch.tensor(seeds[rows], device=self.device)
-            noise = self._noise(row_seeds)
+            noise = self._noise(row_seeds, image_size)
             cond = self._rows_of(wanted.cond, rows)
             denoiser = self.denoiser(len(row_seeds), scale, guidance, self._rows_of(negative, rows))
             x = self._at_start(plan, noise, editing, rows)
@@ -328,9 +330,9 @@ class Pipeline:
     def _pictures(self, x: Tensor) -> Tensor:
         return (x if self.decode is None else self.decode(x)).clamp(-1, 1)
 
-    def _noise(self, seeds: Tensor) -> Tensor:
+    def _noise(self, seeds: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
         model = self.config.model
-        shape = (model.in_channels, *model.image_size)
+        shape = (model.in_channels, *(image_size or model.image_size))
         return rng.normal(shape, seed=seeds, purpose="sampling/start", device=self.device)
 
     def _at_start(self, plan: Plan, noise: Tensor, editing: Editing | None, rows: slice) -> Tensor:

@@ -1,5 +1,6 @@
 """From a run's config to what it trains on: rows that fit the network, and captions as the network reads them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from smalti.autoencoders.caching import Progress, open_latents
 from smalti.autoencoders.registry import Pixels, load_autoencoder
 from smalti.conditioning.encoders import build_text_encoder
 from smalti.conditioning.tiny import CaptionTokenizer, TinyTextConfig, train_tokenizer
-from smalti.config import RunConfig
+from smalti.config import BucketConfig, RunConfig
 from smalti.data.latents import LatentStatistics
 from smalti.data.listing import Skipped
-from smalti.data.opening import OpenedRows, open_rows
+from smalti.data.buckets import make_buckets
+from smalti.data.opening import OpenedRows, open_buckets, open_rows
 from smalti.data.rows import TrainingRows
 from smalti.pipeline import Decoder, latent_decoder, read_statistics, read_tokenizer
 from smalti.pipeline_arguments import PromptEncoder
@@ -25,14 +27,25 @@ _NAMED = 5  # skipped files that are named one by one
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains on. skipped: (name, reason) of pictures that cannot be used. On latents also what decodes them,
-    and their statistics."""
+    """What a run trains on: rows of each size (one, without buckets). skipped: (name, reason) of pictures that cannot be
+    used; enlarged: (name, factor) of those that must grow. On latents also what decodes them, and their statistics."""
 
-    training: TrainingRows
-    held_out: TrainingRows
+    training: tuple[TrainingRows, ...]
+    held_out: tuple[TrainingRows, ...]
     skipped: Skipped
+    enlarged: tuple[tuple[str, float], ...] = ()
     decode: Decoder | None = None
     statistics: LatentStatistics | None = None
+
+    @property
+    def num_training(self) -> int:
+        """Rows to train on, of all sizes."""
+        return sum(len(rows) for rows in self.training)
+
+    @property
+    def num_held_out(self) -> int:
+        """Rows held out, of all sizes."""
+        return sum(len(rows) for rows in self.held_out)
 
 
 def open_run_data(
@@ -43,9 +56,13 @@ def open_run_data(
     run: a run that is gone on with, whose latents keep their statistics. progress(done, total) is called while pictures
     are decoded or encoded. Raises UserError where they cannot be opened or lack labels or captions.
     """
+    if isinstance(config.autoencoder, Pixels) and config.buckets is not None:
+        return _open_run_buckets(config, config.buckets, progress)
     if isinstance(config.autoencoder, Pixels):
         opened = open_run_rows(config, progress)
-        return RunData(opened.training, opened.held_out, opened.skipped)
+        return RunData((opened.training,), _filled(opened.held_out), opened.skipped)
+    if config.buckets is not None:
+        raise UserError(f"buckets: only for autoencoder=pixels, and this run has {config.autoencoder.kind}")
     autoencoder = load_autoencoder(config.autoencoder)
     assert autoencoder is not None
     factor, (height, width) = autoencoder.factor, config.model.image_size
@@ -66,7 +83,31 @@ def open_run_data(
         )
     _check_told(config, latents.training)
     decode = latent_decoder(latents.autoencoder, latents.statistics)
-    return RunData(latents.training, latents.held_out, latents.skipped, decode, latents.statistics)
+    return RunData(
+        (latents.training,), _filled(latents.held_out), latents.skipped, (), decode, latents.statistics
+    )
+
+
+def _filled(*parts: TrainingRows) -> tuple[TrainingRows, ...]:
+    return tuple(rows for rows in parts if len(rows))
+
+
+def _open_run_buckets(config: RunConfig, buckets: BucketConfig, progress: Progress | None) -> RunData:
+    model = config.model
+    height, width = model.image_size
+    tokens = buckets.token_budget or height * width // model.patch_size**2
+    sizes = make_buckets(tokens, model.patch_size, max_aspect=buckets.max_aspect, step=buckets.step)
+    opened = open_buckets(
+        config.data,
+        model.in_channels,
+        sizes,
+        needs_captions=config.text is not None,
+        needs_labels=config.num_classes > 0,
+        progress=progress,
+    )
+    for rows in opened.training:
+        _check_told(config, rows)
+    return RunData(opened.training, opened.held_out, opened.skipped, opened.enlarged)
 
 
 def open_run_rows(config: RunConfig, progress: Progress | None = None) -> OpenedRows:
@@ -98,12 +139,15 @@ def _check_told(config: RunConfig, rows: TrainingRows) -> None:
         )
 
 
-def report_skipped(skipped: Skipped, display: TrainingDisplay) -> None:
+def report_skipped(data: RunData, display: TrainingDisplay) -> None:
     """Say which files could not be read: how many, and the first few by name."""
-    for name, reason in skipped[:_NAMED]:
+    for name, reason in data.skipped[:_NAMED]:
         display.message(f"skipped {name}: {reason}")
-    if len(skipped) > _NAMED:
-        display.message(f"skipped {len(skipped)} files in all; `smalti data show` lists them")
+    if len(data.skipped) > _NAMED:
+        display.message(f"skipped {len(data.skipped)} files in all; `smalti data show` lists them")
+    if data.enlarged:
+        name, factor = max(data.enlarged, key=lambda entry: entry[1])
+        display.message(f"{len(data.enlarged)} pictures are enlarged, {name} the most: {factor:.1f} times")
 
 
 def pretrained_encoder(config: RunConfig, device: torch.device) -> PromptEncoder | None:
@@ -113,18 +157,20 @@ def pretrained_encoder(config: RunConfig, device: torch.device) -> PromptEncoder
     return build_text_encoder(config.text, device)
 
 
-def caption_tokenizer(config: RunConfig, rows: TrainingRows) -> CaptionTokenizer | None:
-    """The tokenizer of a run's own text encoder, trained on the captions of rows; None where it has no such encoder."""
+def caption_tokenizer(config: RunConfig, buckets: Sequence[TrainingRows]) -> CaptionTokenizer | None:
+    """The tokenizer of a run's own text encoder, trained on all captions; None where it has no such encoder."""
     if not isinstance(config.text, TinyTextConfig):
         return None
-    return train_tokenizer((text for row in rows.captions or () for text in row), config.text)
+    return train_tokenizer((text for rows in buckets for row in rows.captions or () for text in row), config.text)
 
 
-def kept_tokenizer(config: RunConfig, rows: TrainingRows, folder: RunFolder) -> CaptionTokenizer | None:
+def kept_tokenizer(
+    config: RunConfig, buckets: Sequence[TrainingRows], folder: RunFolder
+) -> CaptionTokenizer | None:
     """caption_tokenizer(), trained once and kept in the run directory."""
     if isinstance(config.text, TinyTextConfig) and folder.tokenizer.exists():
         return read_tokenizer(folder)
-    tokenizer = caption_tokenizer(config, rows)
+    tokenizer = caption_tokenizer(config, buckets)
     if tokenizer is not None:
         write_text(folder.tokenizer, tokenizer.text)
     return tokenizer

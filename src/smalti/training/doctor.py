@@ -48,7 +48,7 @@ class StepCost:
 def examine(config: RunConfig, device: str = "cpu", progress: Callable[[Finding], None] | None = None) -> list[Finding]:
     """Look at all that can be looked at before a run starts; progress(finding) is called as each is known.
 
-    Raises UserError where the data or the encoder cannot be data at all.
+    Raises UserError where the data or the encoder cannot be opened at all.
     """
     findings: list[Finding] = []
 
@@ -77,16 +77,23 @@ def examine(config: RunConfig, device: str = "cpu", progress: Callable[[Finding]
 
 def _pictures(data: RunData) -> tuple[str, str, Severity]:
     skipped = f", {len(data.skipped)} skipped" if data.skipped else ""
-    text = f"{len(data.training):,} to train on, {len(data.held_out):,} held out{skipped}"
-    few = len(data.training) < _FEW_PICTURES
-    return "pictures", text + ("; so few are learned by heart" if few else ""), "look" if few or skipped else "fine"
+    text = f"{data.num_training:,} to train on, {data.num_held_out:,} held out{skipped}"
+    if len(data.training) > 1:
+        counts = sorted(((len(rows), rows.shape[1:]) for rows in data.training), reverse=True)
+        sizes = ", ".join(f"{height} x {width} ({count:,})" for count, (height, width) in counts)
+        text += f"; height x width: {sizes}"
+    if data.enlarged:
+        text += f"; {len(data.enlarged):,} are smaller than what they are trained at"
+    few = data.num_training < _FEW_PICTURES
+    look = few or bool(skipped) or bool(data.enlarged)
+    return "pictures", text + ("; so few are learned by heart" if few else ""), "look" if look else "fine"
 
 
 def _classes(config: RunConfig, data: RunData, found: Callable[..., None]) -> None:
-    labels = data.training.class_labels
-    if not config.num_classes or labels is None:
+    labels = [rows.class_labels.cpu() for rows in data.training if rows.class_labels is not None]
+    if not config.num_classes or not labels:
         return
-    counts = torch.bincount(labels.cpu(), minlength=config.num_classes)
+    counts = torch.bincount(torch.cat(labels), minlength=config.num_classes)
     empty = int((counts == 0).sum())
     small = int((counts < _SMALL_CLASS * counts.float().mean()).sum()) - empty
     text = f"{config.num_classes}, of {int(counts.min()):,} to {int(counts.max()):,} pictures"
@@ -98,7 +105,7 @@ def _classes(config: RunConfig, data: RunData, found: Callable[..., None]) -> No
 
 
 def _captions(data: RunData, counter: CountsTokens) -> tuple[str, str, Severity]:
-    rows = data.training.captions or ()
+    rows = [row for bucket in data.training for row in bucket.captions or ()]
     lengths = caption_lengths(counter, [text for row in rows for text in row])
     without = sum(not row for row in rows)
     text = f"{lengths.captions:,}, {lengths.mean:.1f} tokens on average, {lengths.longest} at most of {lengths.limit}"
@@ -128,8 +135,9 @@ def _settings(config: RunConfig, found: Callable[..., None]) -> None:
 
 
 def _values(data: RunData, found: Callable[..., None]) -> None:
-    count = min(256, len(data.training))
-    x0 = data.training.read(torch.arange(count) * len(data.training) // count)
+    rows = max(data.training, key=len)
+    count = min(256, len(rows))
+    x0 = rows.read(torch.arange(count) * len(rows) // count)
     mean, std = x0.mean(dim=(0, 2, 3)), x0.std(dim=(0, 2, 3))
     parts = ((mean, "+.2f"), (std, ".2f"))
     means, stds = (", ".join(f"{value:{form}}" for value in part.tolist()) for part, form in parts)
@@ -139,13 +147,13 @@ def _values(data: RunData, found: Callable[..., None]) -> None:
     elif float(std.min()) < 1e-3:
         found("values", f"{text}: a channel that never changes", "look")
     else:
-        found("values", f"{text} by channel, of {count} pictures of {' x '.join(map(str, data.training.shape))}")
+        found("values", f"{text} by channel, of {count} pictures of {' x '.join(map(str, rows.shape))}")
 
 
 def _step_cost(
     config: RunConfig, state: TrainingState, data: RunData, encode: PromptEncoder | None, device: str
 ) -> StepCost:
-    process, rows = make_process(config.process), data.training.to(device)
+    process, rows = make_process(config.process), [rows.to(device) for rows in data.training]
     network, seconds, loss = state.model, [], torch.zeros(())
     assert isinstance(network, Backbone)
     for step in range(_TIMED_STEPS):
@@ -172,14 +180,14 @@ def _cost(config: RunConfig, data: RunData, cost: StepCost) -> tuple[str, str, S
     per_second = batch / cost.seconds
     tokens = 0 if config.text is None else config.text.max_tokens
     flops = 3 * forward_flops(config.model, text_tokens=tokens) * per_second
-    epoch = len(data.training) / per_second
+    epoch = data.num_training / per_second
     if budget.unit == "minutes":
         epochs, hours = budget.amount * 60 / epoch, budget.amount / 60
     elif budget.unit == "epochs":
         epochs, hours = budget.amount, budget.amount * epoch / 3600
     else:
         hours = budget.amount * cost.seconds / 3600
-        epochs = budget.amount * batch / len(data.training)
+        epochs = budget.amount * batch / data.num_training
     text = (
         f"{cost.seconds * 1000:,.0f} ms for {batch} pictures: {per_second:,.1f} a second, {flops / 1e9:,.0f} GFLOP/s, "
         f"{cost.memory / 2**30:.1f} GiB; the budget of {budget.amount:g} {budget.unit} is {epochs:,.1f} passes over "
