@@ -57,7 +57,8 @@ def tensors(draw):
     shape = draw(st.lists(st.integers(0, 4), max_size=3))
     dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    return (torch.randn(shape, generator=generator) * 100).to(dtype)
+    made = (torch.randn(shape, generator=generator) * 100).to(dtype)
+    return made.mT if len(shape) > 1 and draw(st.booleans()) else made  # convolutions may leave any order of strides
 
 
 @settings(max_examples=40, deadline=None)
@@ -217,6 +218,7 @@ def make_encode_unless_bad():
     return encode_unless_bad
 
 
+@pytest.mark.slow
 def test_processes_encode_the_same_and_their_error_is_that_of_the_call(tmp_path):
     texts = [f"picture {i}" for i in range(9)]
     wanted = {text_key(text, "encoder"): text for text in [*texts, "bad"]}

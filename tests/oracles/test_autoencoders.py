@@ -152,10 +152,10 @@ def test_damaged_weights_are_found(saved, tmp_path):
     whole = load_file(path)
     name = "decoder.conv_in.bias"
     damages = {
-        "1 tensors are missing or wrongly shaped, such as decoder.conv_in.bias": {
+        "does not fit its config.json: 1 tensors are missing, such as decoder.conv_in.bias": {
             key: tensor for key, tensor in whole.items() if key != name
         },
-        "such as decoder.conv_in.bias": whole | {name: whole[name][:-1].clone()},
+        "decoder.conv_in.bias expected shape": whole | {name: whole[name][:-1].clone()},
         "decoder.conv_in.bias holds values that are not finite": whole | {name: whole[name] / 0},
     }
     for words, tensors in damages.items():

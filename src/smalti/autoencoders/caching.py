@@ -64,6 +64,7 @@ def open_latents(
     jobs: int = 1,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
+    autoencoder: Autoencoder | None = None,
     reading: Progress | None = None,
     encoding: Progress | None = None,
     waiting: Callable[[], None] | None = None,
@@ -72,11 +73,12 @@ def open_latents(
 
     flips: also those of the mirror images, which are not the mirror images of the latents. seed: of the noise and flips
     of the rows. statistics: as an earlier call measured them, for a run that goes on. jobs: processes that encode.
+    autoencoder: the config's, where it has been loaded already.
     reading and encoding are called with (done, total) while files are read to find their addresses, and while pictures
     are encoded; waiting() when another process is filling the cache. Raises UserError for a source or an autoencoder
     that is not there or does not fit, and where no picture can be read.
     """
-    autoencoder = load_autoencoder(config, device)
+    autoencoder = autoencoder or load_autoencoder(config, device)
     if autoencoder is None:
         raise UserError("autoencoder=pixels makes no latents: there is nothing to cache")
     if autoencoder.in_channels not in (1, 3):

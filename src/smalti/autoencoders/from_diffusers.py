@@ -125,26 +125,19 @@ def load_from_diffusers(config: DiffusersConfig, device: torch.device | str = "c
     cls = getattr(diffusers, config.class_name)
     try:
         network, info = cls.from_pretrained(
-            config.path,
-            subfolder=config.subfolder,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-            ignore_mismatched_sizes=True,  # they are listed instead
-            output_loading_info=True,
+            config.path, subfolder=config.subfolder, torch_dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # of the hub's client, diffusers and safetensors, each with its own kinds
         if folder.is_dir():
-            raise UserError(f"{folder} is damaged: {_first_line(error)}") from None
+            raise UserError(f"{folder} is damaged or does not fit its config.json: {_first_line(error)}") from None
         raise UserError(
             f"autoencoder.path={config.path!r} is no folder here and cannot be had from the hub "
             f"({_first_line(error)}): offline, give a folder as diffusers' save_pretrained writes it "
             f"(config.json, diffusion_pytorch_model.safetensors)"
         ) from None
-    lacking = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    if lacking:
+    if missing := list(info["missing_keys"]):
         raise UserError(
-            f"{config.path} does not fit an {config.class_name} of its config.json: {len(lacking)} tensors are missing "
-            f"or wrongly shaped, such as {lacking[0]}"
+            f"{config.path} does not fit its config.json: {len(missing)} tensors are missing, such as {missing[0]}"
         )
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -174,4 +167,5 @@ def read_class(folder: Path) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.split(". If you want to instead")[0]  # advice for diffusers' callers

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -118,6 +119,11 @@ def _shard_entries(shard: Path) -> dict[str, tuple[Path, str, tuple[str, ...]]]:
         return {str(key): (shard, str(checksum), tuple(names)) for key, (checksum, *names) in listed.items()}
 
 
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies as safetensors takes them: contiguous, and no two of them in one memory, as rows of a batch are."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
 def write_shard(folder: Path, entries: Mapping[str, Entry]) -> Path:
     """Write the next shard. Raises OSError (disk full, read-only), which leaves no trace of it.
 
@@ -126,10 +132,9 @@ def write_shard(folder: Path, entries: Mapping[str, Entry]) -> Path:
     newest = max((int(path.name[6:14]) for path in folder.glob("shard-????????.*")), default=0)
     target, partial = folder / f"shard-{newest + 1:08d}.safetensors", folder / PARTIAL
     listed = {key: [fingerprint(key, entry), *entry] for key, entry in entries.items()}
-    # Copies: safetensors takes no two names for one memory, and views may be of a whole batch.
-    tensors = {f"{key}/{name}": tensor.clone() for key, entry in entries.items() for name, tensor in entry.items()}
+    tensors = {f"{key}/{name}": tensor for key, entry in entries.items() for name, tensor in entry.items()}
     try:
-        save_file(tensors, partial, metadata={_ENTRIES: json.dumps(listed)})
+        save_file(storable(tensors), partial, metadata={_ENTRIES: json.dumps(listed)})
         publish(partial, target)
     except SafetensorError as error:
         partial.unlink(missing_ok=True)

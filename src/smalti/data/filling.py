@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load, save
 
-from smalti.data.cache import PARTIAL, Cache, CacheDamage, Entry, MissingEntry, write_shard
+from smalti.data.cache import PARTIAL, Cache, CacheDamage, Entry, MissingEntry, storable, write_shard
 from smalti.types import UserError
 
 Item = TypeVar("Item")
@@ -205,4 +205,4 @@ def _encode_in_worker(items: Sequence[Any]) -> list[bytes]:
     """Entries as safetensors bytes: PyTorch's own way between processes spends a file descriptor a tensor."""
     if len(_worker) == 1:
         _worker.append(_worker[0]())
-    return [save({name: tensor.clone() for name, tensor in entry.items()}) for entry in _worker[1](items)]
+    return [save(storable(entry)) for entry in _worker[1](items)]
