@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from smalti.autoencoders.registry import SmallKLAutoencoder
 from smalti.conditioning.captions import CaptionPolicy
 from smalti.conditioning.tiny import TinyTextConfig
 from smalti.config import Budget, LoopConfig, RunConfig, SamplingConfig
@@ -60,6 +61,24 @@ def emoji_32() -> RunConfig:
             compile=True,
         ),
         sampling=SamplingConfig(guidance_scale=3.0),
+    )
+
+
+def emoji_64_latent() -> RunConfig:
+    """Text to image on 64-pixel emoji in the latents of a small autoencoder, trained first; for hours of CPU or a GPU.
+
+    smalti data emoji && smalti train-autoencoder emoji --size 64 64 --minutes 20 --out runs/autoencoder
+    smalti train emoji-64-latent --minutes 120
+    """
+    base = emoji_32()
+    model = base.model
+    assert isinstance(model, MMDiTConfig)
+    return replace(
+        base,
+        recipe="emoji-64-latent",
+        autoencoder=SmallKLAutoencoder(path="runs/autoencoder"),
+        budget=Budget("minutes", 120.0),
+        model=replace(model, image_size=(16, 16), in_channels=4, patch_size=2, width=256, depth=8, num_heads=8),
     )
 
 

@@ -8,9 +8,10 @@ import torch
 
 from smalti.autoencoders.caching import Progress, open_latents
 from smalti.autoencoders.registry import Pixels, load_autoencoder
-from smalti.conditioning.encoders import build_text_encoder
+from smalti.conditioning.encoders import TextEncoder, build_text_encoder
 from smalti.conditioning.tiny import CaptionTokenizer, TinyTextConfig, train_tokenizer
 from smalti.config import BucketConfig, RunConfig
+from smalti.data.cached_rows import cache_text
 from smalti.data.latents import LatentStatistics
 from smalti.data.listing import Skipped
 from smalti.data.buckets import make_buckets
@@ -150,11 +151,23 @@ def report_skipped(data: RunData, display: TrainingDisplay) -> None:
         display.message(f"{len(data.enlarged)} pictures are enlarged, {name} the most: {factor:.1f} times")
 
 
-def pretrained_encoder(config: RunConfig, device: torch.device) -> PromptEncoder | None:
+def pretrained_encoder(config: RunConfig, device: torch.device) -> TextEncoder | None:
     """The run's pretrained text encoders; None where it has none or trains its own. Raises UserError."""
     if config.text is None or isinstance(config.text, TinyTextConfig):
         return None
     return build_text_encoder(config.text, device)
+
+
+def caption_features(config: RunConfig, data: RunData, encoder: TextEncoder) -> PromptEncoder:
+    """What a training step reads of a pretrained encoder: the features of all captions, encoded once and cached.
+
+    Captions whose parts are shuffled are new at every step, and encoded there.
+    """
+    if config.captions.shuffle:
+        return encoder
+    captions = {text for rows in (*data.training, *data.held_out) for row in rows.captions or () for text in row}
+    cached, _ = cache_text(cache_folder() / "text", ["", *sorted(captions)], encoder.fingerprint, lambda: encoder)
+    return cached.read
 
 
 def caption_tokenizer(config: RunConfig, buckets: Sequence[TrainingRows]) -> CaptionTokenizer | None:

@@ -31,7 +31,7 @@ from smalti.pipeline import Decoder, Pipeline, own_prompt_encoder
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, read_config, read_record, write_config, write_json
 from smalti.training.batch import Batch, training_batch, validation_batches
-from smalti.training.data import kept_tokenizer, open_run_data, pretrained_encoder, report_skipped
+from smalti.training.data import caption_features, kept_tokenizer, open_run_data, pretrained_encoder, report_skipped
 from smalti.training.display import TrainingDisplay, terminal_display
 from smalti.training.forward import compile_blocks, missing_for_compilation, product_precision, repays_compilation
 from smalti.training.metrics import MetricLogs, truncate_log
@@ -143,7 +143,10 @@ def train(
     if data.statistics is not None:
         write_json(folder.latents, data.statistics.to_json())
     report_skipped(data, display)
-    encode_captions, encode_prompts = text_encoder, text_encoder
+    encode_captions: PromptEncoder | None = None
+    encode_prompts: PromptEncoder | None = text_encoder
+    if text_encoder is not None:
+        encode_captions = caption_features(config, data, text_encoder)
     tokenizer = kept_tokenizer(config, data.training, folder)
     if tokenizer is not None:
         assert isinstance(state.average, PromptedNetwork)
