@@ -152,10 +152,23 @@ def report_skipped(data: RunData, display: TrainingDisplay) -> None:
 
 
 def pretrained_encoder(config: RunConfig, device: torch.device) -> TextEncoder | None:
-    """The run's pretrained text encoders; None where it has none or trains its own. Raises UserError."""
+    """The run's pretrained text encoders; None where it has none or trains its own.
+
+    Raises UserError where they are not to be had, or give text of another width than the network takes.
+    """
     if config.text is None or isinstance(config.text, TinyTextConfig):
         return None
-    return build_text_encoder(config.text, device)
+    encoder = build_text_encoder(config.text, device)
+    given = encoder([""])
+    for field, embeds in (("text_width", given.text_embeds), ("pooled_width", given.pooled_embeds)):
+        wanted = getattr(config.model, field, None)
+        if wanted is None:
+            continue
+        if embeds is None:
+            raise UserError(f"model={config.model.kind} needs a pooled text vector, and text={config.text.kind} has none")
+        if embeds.shape[-1] != wanted:
+            raise UserError(f"model.{field}={wanted}: text={config.text.kind} gives {embeds.shape[-1]}; set it to that")
+    return encoder
 
 
 def caption_features(config: RunConfig, data: RunData, encoder: TextEncoder) -> PromptEncoder:
