@@ -231,3 +231,18 @@ def test_every_recipe_survives_json(name):
 def test_configs_of_before_there_were_sources_read():
     body = to_json(recipe("mnist")) | {"data": "digits"}
     assert from_json(RunConfig, {k: v for k, v in body.items() if k not in ("text", "captions")}) == recipe("mnist")
+
+
+def test_eval_ranks_the_own_prompts_and_draws_them(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMALTI_CACHE", str(tmp_path))
+    monkeypatch.setattr("smalti.evaluation.prompts.NUM_CANDIDATES", 12)
+    code, said, error = called(capsys, "eval", run, "--num-images", 24, "--guidance-scale", 3)
+    assert code == 0, error
+    assert "own prompt among the first 10 of 12" in said
+    report = json.loads((run / "evaluation.json").read_text())
+    assert report["real_top1"]["value"] > 0.5  # the judge tells shapes and colours apart
+    assert report["top1"]["value"] > 2 / 12
+    with Image.open(run / "prompts.png") as picture:
+        assert picture.width > 8 * 3 * 16
+    code, _, error = called(capsys, "eval", run, "--num-images", 25)
+    assert (code, error.count("\n")) == (2, 1)

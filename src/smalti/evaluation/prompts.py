@@ -15,6 +15,7 @@ from smalti.evaluation.retrieval import (
     prompt_rows,
     share_in_top,
 )
+from smalti.images import captioned_grid
 from smalti.pipeline import load
 from smalti.run_folder import RunFolder, cache_folder, write_json
 from smalti.sampling.guided import GuidanceOptions
@@ -22,6 +23,7 @@ from smalti.training.data import open_run_rows
 from smalti.types import UserError
 
 NUM_CANDIDATES = 200
+_SHOWN = 48
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def evaluate_prompted_run(
     process: str | None = None,
     **sampling: Any,
 ) -> PromptsReport:
-    """Draw num_images pictures of training prompts and rank each one's prompt; writes RUN/evaluation.json.
+    """Draw num_images pictures of training prompts and rank each one's prompt.
+
+    Writes RUN/evaluation.json and RUN/prompts.png, the first pictures of the first 48 prompts, nothing picked out.
 
     The judge is trained on the run's own data, once, and cached. Arguments as evaluate_run's. Raises UserError where
     num_images is no multiple of the number of candidates, or the data has too few pictures with captions.
@@ -83,7 +87,7 @@ def evaluate_prompted_run(
     rows = open_run_rows(pipe.config).training
     if not isinstance(rows, PicturesInMemory) or rows.captions is None:
         raise UserError(f"{run} was not trained on captioned pictures that fit in memory: nothing to judge by")
-    count = min(NUM_CANDIDATES, sum(bool(own) for own in rows.captions))
+    count = min(NUM_CANDIDATES, len({own[0] for own in rows.captions if own}))
     if num_images < count or num_images % count:
         raise UserError(f"num_images={num_images} must be a multiple of {count}, the number of prompts")
     _, height, width = rows.shape
@@ -116,4 +120,6 @@ def evaluate_prompted_run(
         guidance_scale=pipe.config.sampling.guidance_scale if guidance_scale is None else guidance_scale,
     )
     write_json(RunFolder(run).path / "evaluation.json", asdict(report))
+    shown = captioned_grid(output.tensor[::each][:_SHOWN], prompts[:_SHOWN], columns=8)
+    shown.save(RunFolder(run).path / "prompts.png")
     return report
