@@ -53,8 +53,8 @@ def test_a_network_reports_its_own_coordinates_at_sizes_seen_and_unseen(pictures
         drawn = pipe(num_images=2, image_size=size).tensor
         wanted = torch.from_numpy(coordinates(*size)).permute(2, 0, 1) / 127.5 - 1
         assert drawn.shape == (2, 3, *size)
-        assert (drawn - wanted).abs().mean() < 0.08
-        assert (drawn - wanted.flip(2)).abs().mean() > 0.2
+        # A picture upside down would be at 0.157, one moved by a token at 0.1.
+        assert (drawn - wanted).abs().mean() < 0.06
 
 
 def test_sample_command_takes_another_size(pictures, tmp_path, capsys):
