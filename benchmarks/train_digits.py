@@ -79,9 +79,7 @@ def _peer_step(
     return step
 
 
-def smalti_step(
-    batch_size: int, activation: str, compiled: bool, precision: str = "float32"
-) -> Callable[[], None]:
+def smalti_step(batch_size: int, activation: str, compiled: bool, precision: str = "float32") -> Callable[[], None]:
     """One training step of smalti's loop, without its logs. precision: as --set precision; compiled: with float32 the
     whole network, else the blocks, as `smalti train` does it."""
     keep_freed_memory()

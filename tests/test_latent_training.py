@@ -33,8 +33,8 @@ def settings(folder):
     from smalti.cli import main
 
     pictures = write_shapes(folder / "pictures", size=32)
+    size = ["--size", "32", "32", "--width", "8", "--steps", "20"]
     with redirect_stdout(StringIO()), pytest.raises(SystemExit) as stop:
-        size = ["--size", "32", "32", "--width", "8", "--steps", "20"]
         main(["train-autoencoder", str(pictures), *size, "--out", str(folder / "autoencoder")])
     assert not stop.value.code
     small = [s for s in SMALL if not s.startswith("model.image_size")]
@@ -64,7 +64,9 @@ def test_a_run_on_latents_draws_pictures(run, tmp_path, capsys):
     output = pipe(prompts=["a red circle", "a blue bar"], num_inference_steps=2)
     assert output.tensor.shape == (2, 3, 32, 32)
     assert float(output.tensor.abs().max()) <= 1
-    code, _, error = called(capsys, "sample", run, "--prompts", "a red bar", "--num-images-per-prompt", 2, "--out", tmp_path)
+    code, _, error = called(
+        capsys, "sample", run, "--prompts", "a red bar", "--num-images-per-prompt", 2, "--out", tmp_path
+    )
     assert code == 0, error
     assert Image.open(tmp_path / "00000.png").size == (32, 32)
 

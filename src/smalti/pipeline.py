@@ -223,8 +223,8 @@ class Pipeline:
         num_images alone for an unconditional network. guidance_scale: 1 = off; guidance: interval, schedule and method;
         negative_class_labels, negative_prompt: one for all or one a picture, in place of the null label or prompt.
         editing: a picture to begin from, and what of it to keep. image_size: height and width, for a network that takes
-        others than its own (of the latents, where it denoises latents). seed: an int (picture i takes seed + i) or one int a
-        picture; a picture depends on its own seed and label alone. batch_size: pictures that share a forward.
+        others than its own (of the latents, where it denoises latents). seed: an int (picture i takes seed + i) or one
+        int a picture; a picture depends on its own seed and label or prompt alone. batch_size: pictures that share a forward.
         progress(done, total) is called after each batch. solver_options: as in plan(). What is None takes the run's
         default. Raises UserError naming the argument.
         """

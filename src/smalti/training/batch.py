@@ -98,9 +98,7 @@ def _validation_batch(
     """Rows with the noise and the t of the slots from `first` on."""
     x0 = rows.read(indices)
     device, slots = x0.device, indices + first
-    eps = rng.normal(
-        tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots.to(device), device=device
-    )
+    eps = rng.normal(tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots.to(device), device=device)
     # 0.618...: neighbours in row order get far-apart t, so that classes and t do not go together.
     t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)
     t = t.to(device, rng.widest_float(device))

@@ -11,12 +11,13 @@ from smalti.autoencoders.registry import Pixels, load_autoencoder
 from smalti.conditioning.encoders import TextEncoder, build_text_encoder
 from smalti.conditioning.tiny import CaptionTokenizer, TinyTextConfig, train_tokenizer
 from smalti.config import BucketConfig, RunConfig
+from smalti.data.buckets import make_buckets
 from smalti.data.cached_rows import cache_text
 from smalti.data.latents import LatentStatistics
 from smalti.data.listing import Skipped
-from smalti.data.buckets import make_buckets
 from smalti.data.opening import OpenedRows, open_buckets, open_rows
 from smalti.data.rows import TrainingRows
+from smalti.models.unet import UNetConfig
 from smalti.pipeline import Decoder, latent_decoder, read_statistics, read_tokenizer
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, cache_folder, write_text
@@ -28,8 +29,11 @@ _NAMED = 5  # skipped files that are named one by one
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains on: rows of each size (one, without buckets). skipped: (name, reason) of pictures that cannot be
-    used; enlarged: (name, factor) of those that must grow. On latents also what decodes them, and their statistics."""
+    """What a run trains on: rows of each size (one, without buckets).
+
+    skipped: (name, reason) of pictures that cannot be used; enlarged: (name, factor) of those that must grow. On
+    latents also what decodes them, and their statistics.
+    """
 
     training: tuple[TrainingRows, ...]
     held_out: tuple[TrainingRows, ...]
@@ -84,9 +88,7 @@ def open_run_data(
         )
     _check_told(config, latents.training)
     decode = latent_decoder(latents.autoencoder, latents.statistics)
-    return RunData(
-        (latents.training,), _filled(latents.held_out), latents.skipped, (), decode, latents.statistics
-    )
+    return RunData((latents.training,), _filled(latents.held_out), latents.skipped, (), decode, latents.statistics)
 
 
 def _filled(*parts: TrainingRows) -> tuple[TrainingRows, ...]:
@@ -96,8 +98,9 @@ def _filled(*parts: TrainingRows) -> tuple[TrainingRows, ...]:
 def _open_run_buckets(config: RunConfig, buckets: BucketConfig, progress: Progress | None) -> RunData:
     model = config.model
     height, width = model.image_size
-    tokens = buckets.token_budget or height * width // model.patch_size**2
-    sizes = make_buckets(tokens, model.patch_size, max_aspect=buckets.max_aspect, step=buckets.step)
+    patch = model.shrinkage if isinstance(model, UNetConfig) else model.patch_size
+    tokens = buckets.token_budget or height * width // patch**2
+    sizes = make_buckets(tokens, patch, max_aspect=buckets.max_aspect, step=buckets.step)
     opened = open_buckets(
         config.data,
         model.in_channels,
@@ -165,7 +168,9 @@ def pretrained_encoder(config: RunConfig, device: torch.device) -> TextEncoder |
         if wanted is None:
             continue
         if embeds is None:
-            raise UserError(f"model={config.model.kind} needs a pooled text vector, and text={config.text.kind} has none")
+            raise UserError(
+                f"model={config.model.kind} needs a pooled text vector, and text={config.text.kind} has none"
+            )
         if embeds.shape[-1] != wanted:
             raise UserError(f"model.{field}={wanted}: text={config.text.kind} gives {embeds.shape[-1]}; set it to that")
     return encoder
@@ -190,9 +195,7 @@ def caption_tokenizer(config: RunConfig, buckets: Sequence[TrainingRows]) -> Cap
     return train_tokenizer((text for rows in buckets for row in rows.captions or () for text in row), config.text)
 
 
-def kept_tokenizer(
-    config: RunConfig, buckets: Sequence[TrainingRows], folder: RunFolder
-) -> CaptionTokenizer | None:
+def kept_tokenizer(config: RunConfig, buckets: Sequence[TrainingRows], folder: RunFolder) -> CaptionTokenizer | None:
     """caption_tokenizer(), trained once and kept in the run directory."""
     if isinstance(config.text, TinyTextConfig) and folder.tokenizer.exists():
         return read_tokenizer(folder)

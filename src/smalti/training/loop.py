@@ -155,8 +155,20 @@ def train(
     _write_record(folder, config, state, "running")
     process = make_process(config.process)
     with _stop_requests() as stop, MetricLogs(folder, state.step) as logs, display:
-        rows = tuple(tuple(rows.to(device) for rows in part) for part in (data.training, data.held_out))
-        run = _Run(config, folder, process, state, logs, display, *rows, encode_captions, encode_prompts, data.decode)
+        training, held_out = ([rows.to(device) for rows in part] for part in (data.training, data.held_out))
+        run = _Run(
+            config,
+            folder,
+            process,
+            state,
+            logs,
+            display,
+            training,
+            held_out,
+            encode_captions,
+            encode_prompts,
+            data.decode,
+        )
         outcome = run.until_done(stop)
     _write_record(folder, config, state, outcome)
     return TrainingResult(folder, outcome, state.step, state.seconds)
@@ -321,10 +333,7 @@ class _Run:
         if not batches:
             return
         losses = torch.cat(
-            [
-                per_sample_loss(average, self.process, config.objective, b.x0, b.eps, b.t, b.cond)
-                for b in batches
-            ]
+            [per_sample_loss(average, self.process, config.objective, b.x0, b.eps, b.t, b.cond) for b in batches]
         )
         loss = losses.mean().item()
         means, counts = loss_by_timestep_bin(losses, torch.cat([b.t for b in batches]))
