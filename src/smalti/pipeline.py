@@ -224,9 +224,9 @@ class Pipeline:
         negative_class_labels, negative_prompt: one for all or one a picture, in place of the null label or prompt.
         editing: a picture to begin from, and what of it to keep. image_size: height and width, for a network that takes
         others than its own (of the latents, where it denoises latents). seed: an int (picture i takes seed + i) or one
-        int a picture; a picture depends on its own seed and label or prompt alone. batch_size: pictures that share a forward.
-        progress(done, total) is called after each batch. solver_options: as in plan(). What is None takes the run's
-        default. Raises UserError naming the argument.
+        int a picture; a picture depends on its own seed and label or prompt alone. batch_size: pictures that share a
+        forward. progress(done, total) is called after each batch. solver_options: as in plan(). What is None takes the
+        run's default. Raises UserError naming the argument.
         """
         num_classes, encode = self._num_classes, self.encode_prompts
         wanted = wanted_pictures(class_labels, prompts, num_images, num_classes, encode)
