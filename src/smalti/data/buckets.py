@@ -3,6 +3,7 @@
 The idea is NovelAI's (2022, "Improvements on Stable Diffusion"). The order of batches is addressed, as in order.py.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -19,8 +20,8 @@ Size = tuple[int, int]  # (height, width)
 def make_buckets(token_budget: int, patch: int, *, max_aspect: float = 2.0, step: int = 1) -> tuple[Size, ...]:
     """Sizes (height, width) in pixels for a network that sees a token for each patch x patch pixels, widest first.
 
-    Every size has at most token_budget tokens and cannot grow by `step` tokens in either direction without passing it;
-    its sides are multiples of step * patch and their ratio is at most max_aspect. For a network on latents, patch is
+    Every size has at most token_budget tokens, its sides are multiples of step * patch and their ratio is at most
+    max_aspect; and none is another's part: none can grow within these bounds. For a network on latents, patch is
     its patch size times the autoencoder's factor. A larger step gives fewer sizes. Raises UserError where nothing fits.
     """
     if token_budget < 1 or patch < 1 or step < 1 or max_aspect < 1:
@@ -29,14 +30,15 @@ def make_buckets(token_budget: int, patch: int, *, max_aspect: float = 2.0, step
             "each must be at least 1"
         )
     most = token_budget // step**2  # squares of step x step tokens
-    tallest = {most // rows: rows for rows in range(1, most + 1)}  # the most rows for each number of columns
-    sizes = [
-        (rows * step * patch, columns * step * patch)
-        for columns, rows in tallest.items()
-        if max(rows, columns) <= max_aspect * min(rows, columns)
-    ]
-    if not sizes:
+    if not most:
         raise UserError(f"token_budget={token_budget} is too small for a bucket of {step} x {step} tokens")
+    sizes: list[Size] = []
+    widest = 0
+    for rows in range(most, 0, -1):
+        columns = min(most // rows, math.floor(rows * max_aspect))
+        if rows <= columns * max_aspect and columns > widest:  # no taller size is as wide
+            sizes.append((rows * step * patch, columns * step * patch))
+            widest = columns
     return tuple(sorted(sizes))
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from smalti.types import UserError
+
 _VARIATION_SELECTOR = "\ufe0f"
 _TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")
 _TONE_CHARACTERS = re.compile("[\U0001f3fb-\U0001f3ff]")
@@ -60,8 +62,10 @@ def plain_sequence(emoji: str) -> str:
 
 def known_emoji() -> dict[str, Mapping[str, Any]]:
     """Every emoji of the emoji package that Unicode recommends for use (fully qualified) -> its names."""
-    from emoji import EMOJI_DATA, STATUS
-
+    try:
+        from emoji import EMOJI_DATA, STATUS
+    except ImportError:
+        raise UserError("the names of emoji need the package emoji: pip install 'smalti[data]'") from None
     return {text: data for text, data in EMOJI_DATA.items() if data["status"] == STATUS["fully_qualified"]}
 
 

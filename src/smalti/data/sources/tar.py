@@ -87,8 +87,10 @@ def _shards(path: str) -> list[Path]:
         return found
     names = [path]
     if "{" in path:
-        from braceexpand import braceexpand
-
+        try:
+            from braceexpand import braceexpand
+        except ImportError:
+            raise UserError("a pattern of shards needs the package braceexpand: pip install 'smalti[data]'") from None
         names = list(braceexpand(path))
     elif glob.has_magic(path):
         names = sorted(glob.glob(path))
