@@ -122,11 +122,12 @@ def text_model_folder(source: str, field: str) -> Path:
     folders = [within, _sibling(within)] if within else [""]
     patterns = [f"{part}/{pattern}".lstrip("/") for part in folders for pattern in _READ_FILES]
     try:
-        fetched = Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns)) / within
+        cached = snapshot_download(f"{owner}/{name}", allow_patterns=patterns, ignore_patterns="*.fp16*")
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise UserError(
             f"{field}={source!r} is no folder here and cannot be had from the hub ({_first_line(error)}): {how}"
         ) from None
+    fetched = Path(cached) / within
     if not (fetched / "config.json").is_file():
         raise UserError(f"{field}={source!r}: the hub's repository has no text model there; {how}")
     return fetched
