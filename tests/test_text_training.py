@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from shape_pictures import write_shapes
 from test_cli import called
 from training_runs import final_bytes
@@ -144,17 +144,71 @@ def test_doctor_says_what_it_found(pictures, capsys, tmp_path):
     assert "do not start yet: null condition" in said
 
 
-def test_training_without_captions_or_pictures_is_refused(pictures, tmp_path, capsys):
-    silent = tmp_path / "silent"
-    shutil.copytree(pictures, silent)
-    (silent / "metadata.jsonl").unlink()
-    for path, says in ((silent, "no captions"), (tmp_path / "nowhere", "nowhere")):
-        code, _, error = called(
-            capsys, "train", "emoji-32", "--steps", 2, "--out", tmp_path / "run", "--set", *settings(path)
-        )
-        assert (code, error.count("\n")) == (2, 1)
-        assert says in error
+def spoiled(folder, what):
+    """A folder of shapes with something wrong in it."""
+    write_shapes(folder, each=1)
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    if what == "nothing":
+        for file in folder.iterdir():
+            file.unlink()
+    elif what == "no captions":
+        (folder / "metadata.jsonl").unlink()
+    elif what == "missing":
+        (folder / "metadata.jsonl").write_text("\n".join([*rows, '{"file_name": "gone.png", "text": "gone"}']))
+    elif what == "1 pixel":
+        for file in folder.glob("*.png"):
+            Image.new("RGB", (1, 1)).save(file)
+    elif what == "100 megapixels":
+        for file in folder.glob("*.png"):
+            Image.new("1", (12_000, 10_000)).save(file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("nothing", "pictures"),
+        ("no captions", "no captions"),
+        ("missing", "gone.png"),
+        ("1 pixel", "none of"),
+        ("100 megapixels", "none of"),
+        ("nowhere", "nowhere"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_one_line_before_any_training(what, says, tmp_path, capsys):
+    folder = tmp_path / "nowhere" if what == "nowhere" else spoiled(tmp_path / "pictures", what)
+    code, _, error = called(
+        capsys, "train", "emoji-32", "--steps", 2, "--out", tmp_path / "run", "--set", *settings(folder)
+    )
+    assert (code, error.count("\n")) == (2, 1), error
+    assert says in error
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_that_is_not_to_be_had_offline_is_one_line(pictures, tmp_path, capsys):
+    small = [s for s in settings(pictures) if not s.startswith("text.")]
+    code, _, error = called(
+        capsys, "train", "emoji-32", "--steps", 2, "--out", tmp_path / "run", "--set", *small, "text=t5",
+        "text.t5=nobody/no-encoder",
+    )  # fmt: skip
+    assert (code, error.count("\n")) == (2, 1), error
+    assert "nobody/no-encoder" in error
+    assert "folder" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_caption_of_ten_thousand_characters_is_cut_and_counted(tmp_path, capsys):
+    folder = write_shapes(tmp_path / "pictures", each=1)
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    rows[0] = json.dumps({"file_name": json.loads(rows[0])["file_name"], "text": "a red circle " * 770})
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    code, said, error = called(capsys, "doctor", "emoji-32", "--set", *settings(folder))
+    assert code == 0, error
+    assert "lose their ends" in said
+    code, _, error = called(
+        capsys, "train", "emoji-32", "--steps", 1, "--out", tmp_path / "run", "--set", *settings(folder)
+    )
+    assert code == 0, error
 
 
 def test_text_and_network_must_fit():
@@ -177,3 +231,18 @@ def test_every_recipe_survives_json(name):
 def test_configs_of_before_there_were_sources_read():
     body = to_json(recipe("mnist")) | {"data": "digits"}
     assert from_json(RunConfig, {k: v for k, v in body.items() if k not in ("text", "captions")}) == recipe("mnist")
+
+
+def test_eval_ranks_the_own_prompts_and_draws_them(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMALTI_CACHE", str(tmp_path))
+    monkeypatch.setattr("smalti.evaluation.prompts.NUM_CANDIDATES", 12)
+    code, said, error = called(capsys, "eval", run, "--num-images", 24, "--guidance-scale", 3)
+    assert code == 0, error
+    assert "own prompt among the first 10 of 12" in said
+    report = json.loads((run / "evaluation.json").read_text())
+    assert report["real_top1"]["value"] > 0.5  # the judge tells shapes and colours apart
+    assert report["top1"]["value"] > 2 / 12
+    with Image.open(run / "prompts.png") as picture:
+        assert picture.width > 8 * 3 * 16
+    code, _, error = called(capsys, "eval", run, "--num-images", 25)
+    assert (code, error.count("\n")) == (2, 1)

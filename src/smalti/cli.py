@@ -199,6 +199,7 @@ def _sample(command: Sample) -> int:
             negative_class_labels=command.negative_class_labels or None,
             negative_prompt=command.negative_prompt,
             editing=_editing(command, pipe.config.model.in_channels),
+            image_size=command.image_size,
             seed=command.seed,
             batch_size=command.batch_size,
             progress=progress,
@@ -218,6 +219,7 @@ def _sample(command: Sample) -> int:
         "guidance": to_json(sampling["guidance"]),
         "negative_class_labels": command.negative_class_labels,
         "negative_prompt": command.negative_prompt,
+        "image_size": command.image_size,
         "image": str(command.image) if command.image else None,
         "strength": command.strength,
         "mask": str(command.mask) if command.mask else None,
@@ -265,11 +267,13 @@ def _judged(command: Eval | Tune, text: str, judge: Callable[..., Result], **arg
 
 def _eval(command: Eval) -> int:
     from smalti.evaluation.digits import evaluate_run
+    from smalti.evaluation.prompts import evaluate_prompted_run
     from smalti.run_folder import read_config
 
-    sampling = _sampling(command.sampler, read_config(command.run).sampling)
-    report = _judged(command, "judging", evaluate_run, process=command.sampler.process, **sampling)
-    print(report.text())
+    config = read_config(command.run)
+    judge: Callable[..., Any] = evaluate_run if config.text is None else evaluate_prompted_run
+    sampling = _sampling(command.sampler, config.sampling)
+    print(_judged(command, "judging", judge, process=command.sampler.process, **sampling).text())
     return 0
 
 

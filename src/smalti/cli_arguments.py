@@ -17,7 +17,9 @@ class Train:
 
     The run directory holds the full config, checkpoints, metrics (JSONL and TensorBoard) and sample grids. Ctrl-C saves
     and stops; --resume goes on where a run stopped, also after a crash. Recipes: mnist (the best three minutes on a
-    CPU), mnist-ddpm (DiT's published recipe on the same digits). `smalti info RECIPE` shows every field --set takes.
+    CPU), mnist-ddpm (DiT's published recipe on the same digits), fashion (clothes by class), emoji-32 (text to image
+    on emoji), folder (text to image on pictures of your own). `smalti doctor RECIPE` examines one before it trains;
+    `smalti info RECIPE` shows every field --set takes.
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
@@ -151,6 +153,8 @@ class Sample:
     """How far --image is noised, above 0 to 1; 1 leaves nothing of it and is for --mask."""
     mask: Path | None = None
     """A picture of the image's size: white where to paint, black where to keep --image."""
+    image_size: tuple[int, int] | None = None
+    """Height and width, for a network that takes others than it was trained at."""
     seed: int = 0
     """Seed of the first picture; picture i takes seed + i."""
     batch_size: int = 64
@@ -167,19 +171,22 @@ class Sample:
 
 @dataclass(frozen=True)
 class Eval:
-    """Judge a run: are its digits what was asked for, and how far are they from real ones?
+    """Judge a run: do its pictures show what was asked for, and how far are they from real ones?
 
     Example: smalti eval runs/mnist --guidance-scale 2 --guidance-interval 0.3 1
 
     Draws class-conditional samples and prints the judge's accuracy on them and the Frechet distance in the judge's
     features against the held-out digits, each with a bootstrap 95 % interval; writes RUN/evaluation.json. The judge is
     a small classifier, trained once on the bundled digits (about a minute) and cached.
+
+    Of a run that reads prompts: how often a judge of pictures and captions, trained once on the run's own data and
+    cached, puts a picture's own prompt among the first 10 of 200; RUN/prompts.png shows 48 of them.
     """
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run directory."""
     num_images: int = 1000
-    """Samples to judge, an equal number of each class."""
+    """Samples to judge, an equal number of each class or prompt."""
     sampler: Sampler = Sampler()
     seed: int = 0
     """Seed of the first sample."""
@@ -436,5 +443,11 @@ Five minutes, from nothing to judged digits:
     smalti explain --steps 5             what did the solver do?
     smalti tune runs/mnist --budget 10   which settings suit ten network calls?
     smalti info runs/mnist               what is this model?
+
+From a folder of pictures with captions to pictures of a prompt:
+
+    smalti doctor folder --set data.path=my-pictures    will it work, how long will it take?
+    smalti train folder --set data.path=my-pictures     train a text-to-image MM-DiT -> runs/folder
+    smalti sample runs/folder --prompts "a red bicycle"
 
 `smalti COMMAND --help` teaches each command."""

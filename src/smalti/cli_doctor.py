@@ -1,13 +1,13 @@
 """The command `smalti doctor`."""
 
 from smalti.cli_arguments import Doctor
+from smalti.cli_options import check_device, set_threads
 
 _MARKS = {"fine": "[green]fine [/]", "look": "[yellow]look [/]", "wrong": "[red]wrong[/]"}
 
 
 def doctor_command(command: Doctor) -> int:
     """Examine a recipe on its real data; exit code 1 where training would fail or be wasted."""
-    import torch
     from rich.console import Console
     from rich.markup import escape
 
@@ -16,8 +16,8 @@ def doctor_command(command: Doctor) -> int:
     from smalti.training.doctor import Finding, examine, verdict
 
     console = Console(highlight=False)
-    if command.threads is not None:
-        torch.set_num_threads(command.threads)
+    set_threads(command.threads)
+    check_device(command.device)
 
     def show(finding: Finding) -> None:
         console.print(f"{_MARKS[finding.severity]} {finding.topic + ':':<16}{escape(finding.text)}", soft_wrap=True)

@@ -9,8 +9,9 @@ import difflib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from smalti.autoencoders.registry import AutoencoderConfig, Pixels
 from smalti.conditioning.captions import CaptionPolicy
 from smalti.conditioning.encoders import TextConfig
 from smalti.conditioning.prompted import check_text_width
@@ -72,6 +73,26 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class BucketConfig:
+    """Pictures of near shapes share batches of one size. token_budget: most tokens of a size, 0: the network's own.
+
+    max_aspect: of the longer side to the shorter. step: sides are multiples of so many tokens.
+    """
+
+    kind: ClassVar[str] = "aspect"
+    token_budget: int = 0
+    max_aspect: float = 2.0
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if self.token_budget < 0 or self.max_aspect < 1 or self.step < 1:
+            raise UserError(
+                f"buckets: token_budget={self.token_budget} must not be negative, max_aspect={self.max_aspect} and "
+                f"step={self.step} must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How the run is sampled unless the caller says otherwise."""
 
@@ -100,10 +121,14 @@ class RunConfig:
 
     recipe: str
     data: DataConfig = field(default_factory=DigitsData)
+    buckets: BucketConfig | None = None  # sizes by aspect ratio in place of one; `--set buckets=aspect`
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
     model: TrainableModelConfig = field(default_factory=DiTConfig)
     initial_weights: str | None = None  # what smalti.load_backbone reads: a network of this very config to start from
+    autoencoder: AutoencoderConfig = field(
+        default_factory=Pixels
+    )  # what the network denoises: pixels, or whose latents
     text: TextConfig | None = None  # the text encoder of a network that reads prompts
     captions: CaptionPolicy = field(default_factory=CaptionPolicy)  # what a training step reads of them
     process: str = "rectified_flow"
@@ -122,7 +147,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         process = make_process(self.process)  # raises for an unknown name
-        check_objective(self.objective, process)
+        check_objective(self.objective, process, getattr(self.model, "learn_sigma", False))
         check_density(self.timesteps, process)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} must lie in 0 .. 2^63 - 1")
@@ -138,7 +163,7 @@ def check_parts(config: RunConfig) -> None:
     Apart from RunConfig's own checks, since overrides come one by one and two parts fit when both are set.
     """
     model, text = config.model, config.text
-    if isinstance(config.data, DigitsData):
+    if isinstance(config.data, DigitsData) and isinstance(config.autoencoder, Pixels):
         _check_digits(config)
     if text is None:
         if hasattr(model, "text_width"):

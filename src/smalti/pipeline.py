@@ -1,5 +1,6 @@
 """From a run directory to pictures: load(path) -> Pipeline. Immutable, thread-safe, no hidden state."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,10 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti import rng
+from smalti.autoencoders.protocol import Autoencoder
+from smalti.autoencoders.registry import load_autoencoder
 from smalti.conditioning.encoders import build_text_encoder
 from smalti.conditioning.prompted import PromptedNetwork
 from smalti.conditioning.tiny import CaptionTokenizer
 from smalti.config import RunConfig
+from smalti.data.latents import LatentStatistics
 from smalti.diffusion.denoiser import NetworkDenoiser
 from smalti.diffusion.prediction import usable_at_pure_noise
 from smalti.diffusion.processes import Process, make_process
@@ -207,6 +211,7 @@ class Pipeline:
         negative_class_labels: Sequence[int] | Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         editing: Editing | None = None,
+        image_size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
         progress: Callable[[int, int], None] | None = None,
@@ -217,8 +222,9 @@ class Pipeline:
         class_labels: one a picture; prompts for a network that reads text, one a picture or one for num_images;
         num_images alone for an unconditional network. guidance_scale: 1 = off; guidance: interval, schedule and method;
         negative_class_labels, negative_prompt: one for all or one a picture, in place of the null label or prompt.
-        editing: a picture to begin from, and what of it to keep. seed: an int (picture i takes seed + i) or one int a
-        picture; a picture depends on its own seed and label alone. batch_size: pictures that share a forward.
+        editing: a picture to begin from, and what of it to keep. image_size: height and width, for a network that takes
+        others than its own (of the latents, where it denoises latents). seed: an int (picture i takes seed + i) or one
+        int a picture; a picture depends on its own seed and label or prompt alone. batch_size: pictures that share a forward.
         progress(done, total) is called after each batch. solver_options: as in plan(). What is None takes the run's
         default. Raises UserError naming the argument.
         """
@@ -231,6 +237,8 @@ class Pipeline:
         negative = to_move_away_from(negative_class_labels, negative_prompt, count, num_classes, encode)
         scale = self._scale(guidance_scale, wanted.cond is not None)
         if editing is not None:
+            if self.decode is not None:
+                raise UserError("editing: this network denoises latents, of which pictures cannot be edited yet")
             _check_editing(editing, count)
         if editing is not None and editing.strength != 1.0:
             if solver_options.get("t_start") is not None:
@@ -244,7 +252,7 @@ class Pipeline:
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
             row_seeds = torch.tensor(seeds[rows], device=self.device)
-            noise = self._noise(row_seeds)
+            noise = self._noise(row_seeds, image_size)
             cond = self._rows_of(wanted.cond, rows)
             denoiser = self.denoiser(len(row_seeds), scale, guidance, self._rows_of(negative, rows))
             x = self._at_start(plan, noise, editing, rows)
@@ -322,9 +330,9 @@ class Pipeline:
     def _pictures(self, x: Tensor) -> Tensor:
         return (x if self.decode is None else self.decode(x)).clamp(-1, 1)
 
-    def _noise(self, seeds: Tensor) -> Tensor:
+    def _noise(self, seeds: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
         model = self.config.model
-        shape = (model.in_channels, *model.image_size)
+        shape = (model.in_channels, *(image_size or model.image_size))
         return rng.normal(shape, seed=seeds, purpose="sampling/start", device=self.device)
 
     def _at_start(self, plan: Plan, noise: Tensor, editing: Editing | None, rows: slice) -> Tensor:
@@ -395,7 +403,23 @@ def load(path: str | Path, *, checkpoint: str | None = None, ema: bool = True, d
     backbone = load_backbone(path, checkpoint=checkpoint, ema=ema).to(device)
     assert isinstance(backbone, Backbone)
     config = read_config(Path(path))
-    return Pipeline(backbone, config, prompt_encoder(config, backbone, RunFolder(Path(path))))
+    folder = RunFolder(Path(path))
+    autoencoder = load_autoencoder(config.autoencoder, device)
+    decode = None if autoencoder is None else latent_decoder(autoencoder, read_statistics(folder.latents))
+    return Pipeline(backbone, config, prompt_encoder(config, backbone, folder), decode)
+
+
+def read_statistics(path: Path) -> LatentStatistics:
+    """The mean and standard deviation of a run's latents. Raises UserError where they are missing or damaged."""
+    try:
+        return LatentStatistics.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: without it latents cannot be decoded ({error})") from None
+
+
+def latent_decoder(autoencoder: Autoencoder, statistics: LatentStatistics) -> Decoder:
+    """Latents as a network sees them, of mean 0 and standard deviation 1 a channel, to pictures."""
+    return lambda latents: autoencoder.decode(statistics.denormalise(latents))
 
 
 def prompt_encoder(config: RunConfig, backbone: Backbone, folder: RunFolder) -> PromptEncoder | None:

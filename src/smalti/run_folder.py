@@ -2,7 +2,7 @@
 
 config.json       everything that defines the run          checkpoints/      see checkpoint.py
 run.json          how, where and when it was trained        samples/          grids drawn while training
-tokenizer.json    of a run that reads prompts
+tokenizer.json    of a run that reads prompts               latents.json      of a run on latents: their mean and std
 metrics.jsonl     losses; the same bytes for the same run   samples.png       the newest grid
 timing.jsonl      images a second, seconds                  tensorboard/      the same for TensorBoard
 """
@@ -43,6 +43,11 @@ class RunFolder:
     def tokenizer(self) -> Path:
         """The tokenizer of the run's own text encoder."""
         return self.path / "tokenizer.json"
+
+    @property
+    def latents(self) -> Path:
+        """Mean and standard deviation of the latents that the run was trained on."""
+        return self.path / "latents.json"
 
     @property
     def ems(self) -> Path:

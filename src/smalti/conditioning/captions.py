@@ -66,6 +66,11 @@ def _shuffled(picked: list[str], slots: Tensor, seed: int, step: int) -> list[st
     ]
 
 
+def valid_unicode(caption: str) -> str:
+    """The caption with a "?" for each lone surrogate, which Python's strings may hold and tokenizers refuse."""
+    return caption.encode("utf-8", errors="replace").decode()
+
+
 @runtime_checkable
 class CountsTokens(Protocol):
     """What knows how many tokens a caption has: a tokenizer, or a text encoder with its own."""

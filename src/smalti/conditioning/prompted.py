@@ -10,8 +10,6 @@ from smalti.conditioning.tiny import TinyTextConfig, TinyTextEncoder, empty_prom
 from smalti.models.registry import ModelConfig, network_of
 from smalti.types import Backbone, Condition, UserError
 
-_WIDTHS = ("text_width", "pooled_width")
-
 
 class PromptedNetwork(nn.Module):
     """A Backbone of token ids: the text encoder, then the network.
@@ -66,14 +64,16 @@ def check_text_width(model: ModelConfig, width: int) -> None:
     """Raise UserError where a network of this config does not take text of the encoder's width."""
     if not hasattr(model, "text_width"):
         raise UserError(f"model={model.kind} takes no text: choose mmdit, flux, pixart, sana or zimage")
-    for name in _WIDTHS:
+    for name in ("text_width", "pooled_width"):
         if getattr(model, name, width) != width:
             raise UserError(f"model.{name}={getattr(model, name)} must be text.width={width}")
 
 
-def with_text_width(model: ModelConfig, width: int) -> ModelConfig:
-    """The network's config for text embeddings, and a pooled vector if it takes one, of this width."""
-    widths: dict[str, Any] = {name: width for name in _WIDTHS if hasattr(model, name)}
+def with_text_width(model: ModelConfig, width: int, pooled_width: int | None = None) -> ModelConfig:
+    """The network's config for text embeddings of this width, and a pooled vector, if it takes one, of pooled_width
+    (None: as wide)."""
+    given = {"text_width": width, "pooled_width": width if pooled_width is None else pooled_width}
+    widths: dict[str, Any] = {name: value for name, value in given.items() if hasattr(model, name)}
     return replace(model, **widths)
 
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from smalti.conditioning.captions import valid_unicode
 from smalti.nn.attention import RMSNorm, SelfAttention
 from smalti.nn.feedforward import FeedForward, gated_width
 from smalti.types import Condition, UserError, required_field
@@ -91,7 +92,7 @@ class CaptionTokenizer:
 
     def encode(self, captions: Sequence[str]) -> Condition:
         """token_ids [len(captions), max_tokens] and their text_mask; longer captions lose their ends."""
-        ids = torch.tensor([self._tokenizer.encode(_encodable(caption)).ids for caption in captions])
+        ids = torch.tensor([self._tokenizer.encode(valid_unicode(caption)).ids for caption in captions])
         ids = ids.reshape(len(captions), self.max_tokens)  # for no captions
         return Condition(token_ids=ids, text_mask=ids != PAD_ID)
 
@@ -101,12 +102,7 @@ class CaptionTokenizer:
 
     def token_counts(self, captions: Sequence[str]) -> list[int]:
         """Tokens of each caption before truncation, start and end included."""
-        return [len(self._counter.encode(_encodable(caption)).ids) for caption in captions]
-
-
-def _encodable(caption: str) -> str:
-    """The caption as valid Unicode: Python's strings may hold lone surrogates."""
-    return caption.encode("utf-8", errors="replace").decode()
+        return [len(self._counter.encode(valid_unicode(caption)).ids) for caption in captions]
 
 
 def _read_tokenizer(text: str) -> Any:
@@ -141,7 +137,7 @@ def train_tokenizer(captions: Iterable[str], config: TinyTextConfig) -> CaptionT
         show_progress=False,
     )
     # Sorted: where pairs are as frequent, the order of the texts must not decide.
-    tokenizer.train_from_iterator(sorted(_encodable(caption) for caption in captions), trainer)
+    tokenizer.train_from_iterator(sorted(valid_unicode(caption) for caption in captions), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{_START} $A {_END}", special_tokens=[(_START, START_ID), (_END, END_ID)]
     )

@@ -105,17 +105,24 @@ def picture_size(data: bytes) -> tuple[int, int]:
         with Image.open(BytesIO(data)) as picture:
             width, height = picture.size
             _check_size(width, height)
-            # Asked for EXIF data that its header lacks, the PNG reader decodes the whole picture to look behind it.
-            has_exif = picture.format != "PNG" or "exif" in picture.info
-            try:
-                turned = has_exif and picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            except Exception:
-                turned = False
+            turned = _is_turned(picture)
     except UnreadablePicture:
         raise
     except Exception as error:
         raise UnreadablePicture(_reason(error, data)) from None
     return (width, height) if turned else (height, width)
+
+
+def _is_turned(picture: Image.Image) -> bool:
+    """Whether decoding will swap the height and width that the header gives."""
+    if picture.format == "TIFF":
+        return False  # its reader gives the upright size
+    if picture.format == "PNG" and "exif" not in picture.info:
+        return False  # asked further, its reader would decode the whole picture to look behind it
+    try:
+        return picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:
+        return False
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:

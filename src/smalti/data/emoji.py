@@ -137,7 +137,8 @@ def _rows(font: EmojiFont) -> tuple[dict[str, dict[str, Any]], dict[str, bytes],
     bitmaps: dict[str, bytes] = {}
     drawn: dict[bytes, str] = {}
     missing = 0
-    for emoji, data in sorted(known_emoji().items()):
+    by_age = sorted(known_emoji().items(), key=lambda item: (item[1]["E"], item[0]))  # of two alike the older leads
+    for emoji, data in by_age:
         glyph = font.glyph(emoji)
         if glyph is None:
             missing += 1

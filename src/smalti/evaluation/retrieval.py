@@ -39,7 +39,8 @@ from smalti.evaluation.frechet import Estimate, bootstrap
 from smalti.types import UserError, required_field
 
 _VERSION = 1  # of what is cached: raise it with any change to the networks or their training
-_SKIN_TONE = re.compile(r"[:,]?\s*\b(medium-light|medium-dark|light|medium|dark) skin tone\b", re.IGNORECASE)
+_TONE = r"(?:medium-light|medium-dark|light|medium|dark)"
+_SKIN_TONE = re.compile(rf"[:,]?\s*(?:\bwith\s+)?\b{_TONE}(?:\s+and\s+{_TONE})?\s+skin(?: tones?)?\b", re.IGNORECASE)
 _ANY_CAPTION = CaptionPolicy(dropout=0.0, choose="random")
 _FIRST_TEMPERATURE, _LOWEST_TEMPERATURE = 0.07, 0.01  # CLIP's
 
@@ -56,10 +57,10 @@ class RetrievalConfig:
     width: int = 32  # of the first convolution
     embed_width: int = 128
     text: TinyTextConfig = field(default_factory=lambda: TinyTextConfig(width=128, depth=1))
-    epochs: float = 30.0
+    epochs: float = 20.0
     batch_size: int = 256
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.2
     shift: int = 2
     colour_jitter: float = 0.1
     held_out: float = 0.2

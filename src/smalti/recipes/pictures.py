@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from smalti.autoencoders.registry import SmallKLAutoencoder
 from smalti.conditioning.captions import CaptionPolicy
 from smalti.conditioning.tiny import TinyTextConfig
 from smalti.config import Budget, LoopConfig, RunConfig, SamplingConfig
@@ -21,13 +22,13 @@ _FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-f
 def emoji_32() -> RunConfig:
     """Text to image on 32-pixel emoji: MM-DiT with its own text encoder, 30 minutes on two CPU cores, no download.
 
-    smalti data emoji --out data/emoji && smalti train emoji-32 --minutes 30
+    smalti data emoji && smalti train emoji-32 --minutes 30
     docs/text-to-image.md has what it reaches.
     """
-    text = TinyTextConfig()
+    text = TinyTextConfig(max_tokens=20)
     return RunConfig(
         recipe="emoji-32",
-        data=FolderData(path="data/emoji"),
+        data=FolderData(path="emoji"),
         budget=Budget("minutes", 30.0),
         model=MMDiTConfig(
             image_size=(32, 32),
@@ -59,7 +60,25 @@ def emoji_32() -> RunConfig:
             precision="auto",
             compile=True,
         ),
-        sampling=SamplingConfig(guidance_scale=4.0),
+        sampling=SamplingConfig(guidance_scale=3.0),
+    )
+
+
+def emoji_64_latent() -> RunConfig:
+    """Text to image on 64-pixel emoji in the latents of a small autoencoder, trained first; for hours of CPU or a GPU.
+
+    smalti data emoji && smalti train-autoencoder emoji --size 64 64 --minutes 20 --out runs/autoencoder
+    smalti train emoji-64-latent --minutes 120
+    """
+    base = emoji_32()
+    model = base.model
+    assert isinstance(model, MMDiTConfig)
+    return replace(
+        base,
+        recipe="emoji-64-latent",
+        autoencoder=SmallKLAutoencoder(path="runs/autoencoder"),
+        budget=Budget("minutes", 120.0),
+        model=replace(model, image_size=(16, 16), in_channels=4, patch_size=2, width=256, depth=8, num_heads=8),
     )
 
 

@@ -10,13 +10,12 @@ import torch
 
 from smalti.conditioning.captions import CountsTokens, caption_lengths
 from smalti.config import RunConfig, check_parts
-from smalti.data.opening import OpenedRows
 from smalti.diffusion.objective import per_sample_loss
 from smalti.diffusion.processes import make_process
 from smalti.models.registry import forward_flops
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.training.batch import training_batch
-from smalti.training.data import caption_tokenizer, open_run_rows, pretrained_encoder
+from smalti.training.data import RunData, caption_tokenizer, open_run_data, pretrained_encoder
 from smalti.training.forward import product_precision
 from smalti.training.state import TrainingState, new_state
 from smalti.types import Backbone
@@ -59,35 +58,42 @@ def examine(config: RunConfig, device: str = "cpu", progress: Callable[[Finding]
             progress(findings[-1])
 
     check_parts(config)
-    opened = open_run_rows(config)
-    found(*_pictures(opened))
-    _classes(config, opened, found)
+    data = open_run_data(config, torch.device(device))
+    found(*_pictures(data))
+    _classes(config, data, found)
     state = new_state(config, torch.device(device))
-    tokenizer = caption_tokenizer(config, opened.training)
+    tokenizer = caption_tokenizer(config, data.training)
     encoder = pretrained_encoder(config, state.device)
     encode = encoder if tokenizer is None else tokenizer.encode
     counter = encoder if tokenizer is None else tokenizer
     if counter is not None:
-        found(*_captions(opened, counter))
+        found(*_captions(data, counter))
     _settings(config, found)
-    _values(opened, found)
-    cost = _step_cost(config, state, opened, encode, device)
-    found(*_cost(config, opened, cost))
+    _values(data, found)
+    cost = _step_cost(config, state, data, encode, device)
+    found(*_cost(config, data, cost))
     return findings
 
 
-def _pictures(opened: OpenedRows) -> tuple[str, str, Severity]:
-    skipped = f", {len(opened.skipped)} skipped" if opened.skipped else ""
-    text = f"{len(opened.training):,} to train on, {len(opened.held_out):,} held out{skipped}"
-    few = len(opened.training) < _FEW_PICTURES
-    return "pictures", text + ("; so few are learned by heart" if few else ""), "look" if few or skipped else "fine"
+def _pictures(data: RunData) -> tuple[str, str, Severity]:
+    skipped = f", {len(data.skipped)} skipped" if data.skipped else ""
+    text = f"{data.num_training:,} to train on, {data.num_held_out:,} held out{skipped}"
+    if len(data.training) > 1:
+        counts = sorted(((len(rows), rows.shape[1:]) for rows in data.training), reverse=True)
+        sizes = ", ".join(f"{height} x {width} ({count:,})" for count, (height, width) in counts)
+        text += f"; height x width: {sizes}"
+    if data.enlarged:
+        text += f"; {len(data.enlarged):,} are smaller than what they are trained at"
+    few = data.num_training < _FEW_PICTURES
+    look = few or bool(skipped) or bool(data.enlarged)
+    return "pictures", text + ("; so few are learned by heart" if few else ""), "look" if look else "fine"
 
 
-def _classes(config: RunConfig, opened: OpenedRows, found: Callable[..., None]) -> None:
-    labels = opened.training.class_labels
-    if not config.num_classes or labels is None:
+def _classes(config: RunConfig, data: RunData, found: Callable[..., None]) -> None:
+    labels = [rows.class_labels.cpu() for rows in data.training if rows.class_labels is not None]
+    if not config.num_classes or not labels:
         return
-    counts = torch.bincount(labels.cpu(), minlength=config.num_classes)
+    counts = torch.bincount(torch.cat(labels), minlength=config.num_classes)
     empty = int((counts == 0).sum())
     small = int((counts < _SMALL_CLASS * counts.float().mean()).sum()) - empty
     text = f"{config.num_classes}, of {int(counts.min()):,} to {int(counts.max()):,} pictures"
@@ -98,8 +104,8 @@ def _classes(config: RunConfig, opened: OpenedRows, found: Callable[..., None]) 
     found("classes", text, "look" if empty or small > 0 else "fine")
 
 
-def _captions(opened: OpenedRows, counter: CountsTokens) -> tuple[str, str, Severity]:
-    rows = opened.training.captions or ()
+def _captions(data: RunData, counter: CountsTokens) -> tuple[str, str, Severity]:
+    rows = [row for bucket in data.training for row in bucket.captions or ()]
     lengths = caption_lengths(counter, [text for row in rows for text in row])
     without = sum(not row for row in rows)
     text = f"{lengths.captions:,}, {lengths.mean:.1f} tokens on average, {lengths.longest} at most of {lengths.limit}"
@@ -128,9 +134,10 @@ def _settings(config: RunConfig, found: Callable[..., None]) -> None:
         found("null condition", f"{dropped:.0%} of the {what} are dropped; sampled with guidance {scale:g}")
 
 
-def _values(opened: OpenedRows, found: Callable[..., None]) -> None:
-    count = min(256, len(opened.training))
-    x0 = opened.training.read(torch.arange(count) * len(opened.training) // count)
+def _values(data: RunData, found: Callable[..., None]) -> None:
+    rows = max(data.training, key=len)
+    count = min(256, len(rows))
+    x0 = rows.read(torch.arange(count) * len(rows) // count)
     mean, std = x0.mean(dim=(0, 2, 3)), x0.std(dim=(0, 2, 3))
     parts = ((mean, "+.2f"), (std, ".2f"))
     means, stds = (", ".join(f"{value:{form}}" for value in part.tolist()) for part, form in parts)
@@ -140,13 +147,13 @@ def _values(opened: OpenedRows, found: Callable[..., None]) -> None:
     elif float(std.min()) < 1e-3:
         found("values", f"{text}: a channel that never changes", "look")
     else:
-        found("values", f"{text} by channel, of {count} pictures of {' x '.join(map(str, opened.training.shape))}")
+        found("values", f"{text} by channel, of {count} pictures of {' x '.join(map(str, rows.shape))}")
 
 
 def _step_cost(
-    config: RunConfig, state: TrainingState, opened: OpenedRows, encode: PromptEncoder | None, device: str
+    config: RunConfig, state: TrainingState, data: RunData, encode: PromptEncoder | None, device: str
 ) -> StepCost:
-    process, rows = make_process(config.process), opened.training.to(device)
+    process, rows = make_process(config.process), [rows.to(device) for rows in data.training]
     network, seconds, loss = state.model, [], torch.zeros(())
     assert isinstance(network, Backbone)
     for step in range(_TIMED_STEPS):
@@ -168,19 +175,19 @@ def _step_cost(
     return StepCost(min(seconds), memory, final)
 
 
-def _cost(config: RunConfig, opened: OpenedRows, cost: StepCost) -> tuple[str, str, Severity]:
+def _cost(config: RunConfig, data: RunData, cost: StepCost) -> tuple[str, str, Severity]:
     batch, budget = config.loop.batch_size, config.budget
     per_second = batch / cost.seconds
     tokens = 0 if config.text is None else config.text.max_tokens
     flops = 3 * forward_flops(config.model, text_tokens=tokens) * per_second
-    epoch = len(opened.training) / per_second
+    epoch = data.num_training / per_second
     if budget.unit == "minutes":
         epochs, hours = budget.amount * 60 / epoch, budget.amount / 60
     elif budget.unit == "epochs":
         epochs, hours = budget.amount, budget.amount * epoch / 3600
     else:
         hours = budget.amount * cost.seconds / 3600
-        epochs = budget.amount * batch / len(opened.training)
+        epochs = budget.amount * batch / data.num_training
     text = (
         f"{cost.seconds * 1000:,.0f} ms for {batch} pictures: {per_second:,.1f} a second, {flops / 1e9:,.0f} GFLOP/s, "
         f"{cost.memory / 2**30:.1f} GiB; the budget of {budget.amount:g} {budget.unit} is {epochs:,.1f} passes over "

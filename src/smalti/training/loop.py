@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,11 +27,11 @@ from smalti.diffusion.objective import loss_by_timestep_bin, per_sample_loss
 from smalti.diffusion.processes import Process, make_process
 from smalti.images import class_columns, grid_picture
 from smalti.optim.schedule import learning_rate_factor
-from smalti.pipeline import Pipeline, own_prompt_encoder
+from smalti.pipeline import Decoder, Pipeline, own_prompt_encoder
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, read_config, read_record, write_config, write_json
-from smalti.training.batch import Batch, training_batch, validation_batch
-from smalti.training.data import kept_tokenizer, open_run_rows, pretrained_encoder, report_skipped
+from smalti.training.batch import Batch, training_batch, validation_batches
+from smalti.training.data import caption_features, kept_tokenizer, open_run_data, pretrained_encoder, report_skipped
 from smalti.training.display import TrainingDisplay, terminal_display
 from smalti.training.forward import compile_blocks, missing_for_compilation, product_precision, repays_compilation
 from smalti.training.metrics import MetricLogs, truncate_log
@@ -135,14 +135,19 @@ def train(
     """
     # All that may be the caller's mistake comes before the folder is made.
     check_parts(config)
-    opened = open_run_rows(config)
+    display = display or terminal_display()
+    data = open_run_data(config, torch.device(device), out if resume else None)
     state = new_state(config, torch.device(device))
     text_encoder = pretrained_encoder(config, state.device)
     folder = prepare_folder(config, out, resume=resume, overwrite=overwrite)
-    display = display or terminal_display()
-    report_skipped(opened, display)
-    encode_captions, encode_prompts = text_encoder, text_encoder
-    tokenizer = kept_tokenizer(config, opened.training, folder)
+    if data.statistics is not None:
+        write_json(folder.latents, data.statistics.to_json())
+    report_skipped(data, display)
+    encode_captions: PromptEncoder | None = None
+    encode_prompts: PromptEncoder | None = text_encoder
+    if text_encoder is not None:
+        encode_captions = caption_features(config, data, text_encoder)
+    tokenizer = kept_tokenizer(config, data.training, folder)
     if tokenizer is not None:
         assert isinstance(state.average, PromptedNetwork)
         encode_captions, encode_prompts = tokenizer.encode, own_prompt_encoder(state.average, tokenizer)
@@ -150,8 +155,20 @@ def train(
     _write_record(folder, config, state, "running")
     process = make_process(config.process)
     with _stop_requests() as stop, MetricLogs(folder, state.step) as logs, display:
-        rows = (opened.training.to(device), opened.held_out.to(device))
-        run = _Run(config, folder, process, state, logs, display, *rows, encode_captions, encode_prompts)
+        training, held_out = ([rows.to(device) for rows in part] for part in (data.training, data.held_out))
+        run = _Run(
+            config,
+            folder,
+            process,
+            state,
+            logs,
+            display,
+            training,
+            held_out,
+            encode_captions,
+            encode_prompts,
+            data.decode,
+        )
         outcome = run.until_done(stop)
     _write_record(folder, config, state, outcome)
     return TrainingResult(folder, outcome, state.step, state.seconds)
@@ -203,10 +220,11 @@ class _Run:
     state: TrainingState
     logs: MetricLogs
     display: TrainingDisplay
-    training_rows: TrainingRows
-    held_out_rows: TrainingRows
+    training_rows: Sequence[TrainingRows]  # a bucket for each size
+    held_out_rows: Sequence[TrainingRows]
     encode_captions: PromptEncoder | None = None  # captions to what a training step feeds the network
     encode_prompts: PromptEncoder | None = None  # prompts to what the averaged network is sampled with
+    decode: Decoder | None = None
 
     def until_done(self, stop: threading.Event) -> Outcome:
         """Steps until the budget is spent or a stop is asked for; saves at the end either way."""
@@ -245,7 +263,7 @@ class _Run:
 
     def _progress(self) -> float:
         budget, size, state = self.config.budget, self.config.loop.batch_size, self.state
-        return budget_progress(budget, state.step, state.seconds, size, len(self.training_rows))
+        return budget_progress(budget, state.step, state.seconds, size, sum(map(len, self.training_rows)))
 
     def _seconds_left(self, progress: float, window: list[float]) -> float:
         budget = self.config.budget
@@ -310,13 +328,15 @@ class _Run:
     @torch.inference_mode()
     def _validate(self) -> None:
         config, average = self.config, self.state.average
-        if not len(self.held_out_rows):
-            return
-        batch = validation_batch(config, self.process, self.held_out_rows, self.encode_captions)
         assert isinstance(average, Backbone)
-        losses = per_sample_loss(average, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond)
+        batches = list(validation_batches(config, self.process, self.held_out_rows, self.encode_captions))
+        if not batches:
+            return
+        losses = torch.cat(
+            [per_sample_loss(average, self.process, config.objective, b.x0, b.eps, b.t, b.cond) for b in batches]
+        )
         loss = losses.mean().item()
-        means, counts = loss_by_timestep_bin(losses, batch.t)
+        means, counts = loss_by_timestep_bin(losses, torch.cat([b.t for b in batches]))
         per_bin = {
             f"validation_loss_t{i}": mean
             for i, (mean, count) in enumerate(zip(means.tolist(), counts.tolist(), strict=True))
@@ -328,7 +348,7 @@ class _Run:
     def _draw(self) -> None:
         """A grid of samples from the averaged weights; fixed seeds, so that grids compare."""
         assert isinstance(self.state.average, Backbone)
-        pipeline = Pipeline(self.state.average, self.config, self.encode_prompts)
+        pipeline = Pipeline(self.state.average, self.config, self.encode_prompts, self.decode)
         num_classes = self.config.num_classes
         columns = num_classes or _PREVIEW_COLUMNS
         if self.encode_prompts is not None:
@@ -347,7 +367,7 @@ class _Run:
 
     def _preview_prompts(self) -> list[str]:
         """First captions of rows spread over the data; they are written beside the grids, in the grids' order."""
-        captions = [row[0] for row in self.training_rows.captions or () if row]
+        captions = [row[0] for rows in self.training_rows for row in rows.captions or () if row]
         count = min(4 * _PREVIEW_COLUMNS, len(captions))
         prompts = [captions[i * len(captions) // count] for i in range(count)]
         self.folder.previews.mkdir(exist_ok=True)

@@ -25,6 +25,7 @@ from smalti.data.listing import (
 )
 from smalti.types import UserError
 
+_EMOJI = "emoji"  # where `smalti data emoji` writes and the emoji recipes read
 _HELD_OUT_FOLDERS = ("validation", "valid", "val", "test", "eval")
 
 
@@ -162,7 +163,8 @@ def list_folder(config: FolderData) -> Listing:
         )
     folder = Path(config.path)
     if not folder.is_dir():
-        raise UserError(f"data.path={config.path!r} is no folder")
+        hint = "; `smalti data emoji` makes it" if config.path == _EMOJI else ""
+        raise UserError(f"data.path={config.path!r} is no folder{hint}")
     parts = _parts(folder)
     rows = [row for part in parts for row in _rows(part)] if parts else _rows(folder)
     if not rows:

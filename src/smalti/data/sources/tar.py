@@ -7,6 +7,7 @@ key is the member's path up to the first dot of its name, and its members follow
 
 import glob
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -98,9 +99,19 @@ def _shards(path: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
+def _ends_whole(shard: Path) -> bool:
+    """Whether the file ends as tar files do, with two blocks of zeros. (tarfile reads one cut between members too.)"""
+    with shard.open("rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 1024))
+        return not any(file.read())
+
+
 def _samples(shard: Path, skipped: list[tuple[str, str]]) -> Iterator[_Sample]:
-    """The samples of a shard, in order. What follows a damaged header is skipped."""
+    """The samples of a shard, in order; of a damaged one those before the damage, without the last, which may lack
+    members. Raises UserError for a file that is no tar file at all."""
     key, members = "", dict[str, _Member]()
+    damage = "" if _ends_whole(shard) else "it is cut off"
     try:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
@@ -113,11 +124,14 @@ def _samples(shard: Path, skipped: list[tuple[str, str]]) -> Iterator[_Sample]:
                     key, members = match[1], {}
                 members[match[2].lower()] = _Member(shard, info.offset_data, info.size)
     except tarfile.ReadError as error:
-        if not members:
-            hint = ": unpack it first" if shard.read_bytes()[:2] == b"\x1f\x8b" else ""
+        damage = str(error)
+        if not key:
+            with shard.open("rb") as file:
+                hint = ": unpack it first" if file.read(2) == b"\x1f\x8b" else ""
             raise UserError(f"{shard} is no uncompressed tar file ({error}){hint}") from None
-        skipped.append((str(shard), f"damaged after the sample {key}: {error}"))
-    if members:
+    if damage:
+        skipped.append((str(shard), f"damaged in the sample {key}, the rest is left out: {damage}"))
+    elif members:
         yield _Sample(key, members)
 
 
