@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from smalti.autoencoders.caching import open_latents
-from smalti.autoencoders.registry import KLAutoencoder, Pixels, SmallKLAutoencoder, load_autoencoder
+from smalti.autoencoders.registry import Pixels, SmallKLAutoencoder, load_autoencoder
 from smalti.autoencoders.small_kl import SmallKLConfig, new_small_kl, save_small_kl
 from smalti.data.latents import LatentStatistics
 from smalti.data.rows import to_signed_unit
@@ -128,7 +128,6 @@ def test_what_does_not_fit_is_said_before_anything_is_encoded(pictures):
     for changed, words in {
         (data, config, (16, 18)): "factor of 4 must divide both",
         (data, Pixels(), SIZE): "autoencoder=pixels makes no latents",
-        (data, KLAutoencoder("someone/something"), SIZE): "offline, give a folder",
         (FolderData(data.path + "x"), config, SIZE): "is no folder",
     }.items():
         with pytest.raises(UserError, match=words):
