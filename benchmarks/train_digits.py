@@ -27,6 +27,7 @@ from smalti.models import forward_flops
 from smalti.models.dit import DiTConfig
 from smalti.recipes import recipe
 from smalti.training.batch import training_batch
+from smalti.training.forward import compile_blocks, product_precision
 from smalti.training.memory import keep_freed_memory
 from smalti.training.state import new_state
 
@@ -62,7 +63,7 @@ def _peer_step(
     process = make_process("rectified_flow")
 
     def step() -> None:
-        x0, labels = rows.rows(torch.randint(0, len(rows), (batch_size,)))
+        x0, labels = rows.labelled(torch.randint(0, len(rows), (batch_size,)))
         eps = torch.randn_like(x0)
         t = torch.sigmoid(torch.randn(batch_size))
         labels = torch.where(torch.rand(batch_size) < 0.1, 10, labels)
@@ -78,17 +79,22 @@ def _peer_step(
     return step
 
 
-def smalti_step(batch_size: int, activation: str, compiled: bool) -> Callable[[], None]:
-    """One training step of smalti's loop, without its logs."""
+def smalti_step(batch_size: int, activation: str, compiled: bool, precision: str = "float32") -> Callable[[], None]:
+    """One training step of smalti's loop, without its logs. precision: as --set precision; compiled: with float32 the
+    whole network, else the blocks, as `smalti train` does it."""
     keep_freed_memory()
-    config = apply_overrides(recipe("mnist"), ["optimizer=adamw", f"batch_size={batch_size}"])
+    config = apply_overrides(recipe("mnist"), ["optimizer=adamw", f"batch_size={batch_size}", f"precision={precision}"])
     config = replace(config, model=DiTConfig(activation=activation, initialisation="wide"))
     state, process, (rows, _) = new_state(config, torch.device("cpu")), make_process(config.process), load_digits()
-    network = torch.compile(state.model) if compiled else state.model
+    network = torch.compile(state.model) if compiled and precision == "float32" else state.model
+    if compiled and precision != "float32":
+        compile_blocks(state.model)
 
     def step() -> None:
-        batch = training_batch(config, process, rows, state.step)
-        loss = per_sample_loss(network, process, config.objective, batch.x0, batch.eps, batch.t, batch.cond).mean()
+        batch = training_batch(config, process, (rows,), state.step)
+        with product_precision(config.loop, state.device):
+            losses = per_sample_loss(network, process, config.objective, batch.x0, batch.eps, batch.t, batch.cond)
+        loss = losses.mean()
         for parameter in state.parameters:
             parameter.grad = None
         loss.backward()
@@ -110,10 +116,12 @@ def main(
         "reference eager": partial(reference_step, batch_size, peers_keep_memory, False),
         "diffusers eager": partial(diffusers_step, batch_size, peers_keep_memory),
         "smalti eager": partial(smalti_step, batch_size, "gelu", False),
+        "smalti eager, precision=auto": partial(smalti_step, batch_size, "gelu", False, "auto"),
     }
     if compile:
         candidates["reference compiled"] = partial(reference_step, batch_size, peers_keep_memory, True)
         candidates["smalti compiled"] = partial(smalti_step, batch_size, "gelu_tanh", True)
+        candidates["smalti compiled, precision=auto"] = partial(smalti_step, batch_size, "gelu_tanh", True, "auto")
     seconds = interleaved(candidates, rounds, threads)
     flops = 3 * forward_flops(DiTConfig()) * batch_size
     base = seconds["reference eager"]

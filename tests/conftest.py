@@ -8,7 +8,7 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that spin while they wait take the cores from each other where other work runs too: 590 s became 94 s.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-install_import_hook(["smalti.nn", "smalti.models"], "beartype.beartype")
+install_import_hook(["smalti.nn", "smalti.models", "smalti.conditioning.tiny"], "beartype.beartype")
 
 import torch  # noqa: E402
 

@@ -177,12 +177,12 @@ def test_training_lowers_the_loss_of_masked_tokens():
 
     def held_out_loss():
         with torch.no_grad():
-            return float(loss(*held_out.rows(torch.arange(128)), torch.Generator().manual_seed(1)))
+            return float(loss(*held_out.labelled(torch.arange(128)), torch.Generator().manual_seed(1)))
 
     before = held_out_loss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(60):
-        images, labels = training.rows(torch.randint(0, 1024, (32,), generator=generator))
+        images, labels = training.labelled(torch.randint(0, 1024, (32,), generator=generator))
         value = loss(images, labels, generator)
         optimizer.zero_grad()
         value.backward()

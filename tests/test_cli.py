@@ -96,6 +96,14 @@ def test_sample_writes_pictures_grid_and_manifest_that_draw_again(run, tmp_path,
         (["sample", "RUN", "--num-inference-steps", "0"], "num_inference_steps=0"),
         (["sample", "RUN", "--solver-options", "eta=1"], "'eta' has no effect"),
         (["sample", "RUN", "--solver-options", "eta"], "name=value"),
+        *(
+            ([*command, "--solver-options", f"{option}=3"], f"option '{option}' has no effect on solver 'dpmpp_2m': ")
+            for command in (["sample", "RUN"], ["eval", "RUN"], ["explain"])
+            for option in ("seed", "process", "num_inference_steps", "nothing")
+        ),
+        (["explain", "--solver-options", "shift=2", "shift=3"], "shift is given twice"),
+        (["explain", "--solver", "ddim", "--solver-options", "eta=much"], "eta='much' must be a number"),
+        (["explain", "--solver-options", "times=3"], "times=3 must be two or more numbers"),
         (["sample", "RUN", "--strength", "0.5"], "--image"),
         (["sample", "RUN", "--image", "nowhere.png"], "--image nowhere.png"),
         (["eval", "RUN", "--process", "emd"], "edm"),
@@ -103,7 +111,7 @@ def test_sample_writes_pictures_grid_and_manifest_that_draw_again(run, tmp_path,
         (["eval", "nowhere"], "there is no run at nowhere"),
         (["sample", "RUN", "--process", "emd"], "edm"),
         (["tune", "RUN", "--budget", "1"], "budget=1"),
-        (["ems", "RUN", "--num-images", "1"], "num_images=1 must lie in 2 .. 9000"),
+        (["ems", "RUN", "--num-images", "2"], "num_images=2 must lie in 3 .. 9000"),
         (["ems", "RUN", "--num-nodes", "1"], "num_nodes=1"),
         (["ems", "RUN", "--secant-width", "-1"], "secant_width=-1"),
         (["sample", "RUN", "--solver", "dpm_solver_v3"], "`smalti ems RUN` writes it"),
@@ -290,7 +298,7 @@ def test_a_read_only_place_is_the_users_mistake(tmp_path, capsys):
 def test_a_picture_depends_on_its_seed_and_label_alone(run, threads):
     """Alone, in a batch of 16 and of 64, on one thread and two: at most 1 of 255 in any pixel."""
     import smalti
-    from smalti.data.digits import to_bytes
+    from smalti.data.rows import to_bytes
 
     pipe = smalti.load(run)
     torch.set_num_threads(2)

@@ -7,17 +7,29 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from training_runs import tiny_config
 
 from smalti.checkpoint import list_checkpoints
 from smalti.cli import main
-from smalti.data.digits import load_digits, to_signed_unit
+from smalti.data.digits import load_digits
+from smalti.data.rows import to_signed_unit
 from smalti.diffusion import make_process
+from smalti.evaluation.digits import evaluate_run
 from smalti.evaluation.frechet import frechet_distance
 from smalti.evaluation.judge import Judge, judge_features
-from smalti.evaluation.tune import Setting, candidates, frontier_calls, steps_for_calls, tune_run
+from smalti.evaluation.tune import (
+    Setting,
+    candidates,
+    frontier_calls,
+    read_tune,
+    steps_for_calls,
+    tune_run,
+)
 from smalti.pipeline import load
 from smalti.sampling import GuidanceOptions, make_plan, solver_names
 from smalti.sampling.plot import plot_plan
+from smalti.training.display import PlainDisplay
+from smalti.training.loop import train
 from smalti.types import UserError
 
 
@@ -165,6 +177,44 @@ def test_the_search_spends_no_more_than_the_calls_given(run):
     assert frontier_calls(10) == [3, 4, 6, 8, 10]
 
 
+def strict_json(path):
+    """As other languages read it: NaN and Infinity are no numbers."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} in {path}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_samplers_that_diverged_are_null_in_json_and_infinite_again(run, tmp_path, monkeypatch):
+    """A judge that finds every sample infinitely far."""
+    judge = Judge().eval()
+    copy = shutil.copytree(run, tmp_path / "run")
+    for module in ("tune", "digits"):
+        monkeypatch.setattr(f"smalti.evaluation.{module}.load_judge", lambda progress=None: judge)
+        monkeypatch.setattr(f"smalti.evaluation.{module}.frechet_distance", lambda a, b: float("inf"))
+    two = [Setting("ddim", 2, "time", 2.0), Setting("edm_euler", 2, "time", 2.0, (0.2, 0.9), (("s_churn", 1.0),))]
+    monkeypatch.setattr("smalti.evaluation.tune.candidates", lambda pipe, calls, ems: two)
+    result = tune_run(copy, budget=2, num_images=100)
+    assert strict_json(copy / "tune.json")["own"]["frechet"] is None
+    assert read_tune(copy) == result
+    assert result.own.frechet == float("inf")
+    evaluate_run(copy, num_images=100, num_inference_steps=2)
+    assert strict_json(copy / "evaluation.json")["frechet"]["value"] is None
+    (copy / "tune.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tune\.json is damaged"):
+        read_tune(copy)
+    with pytest.raises(UserError, match=r"tune\.json is missing"):
+        read_tune(tmp_path)
+
+
+def test_an_infinite_option_is_null_in_the_manifest(run, tmp_path):
+    options = ["--solver", "edm_euler", "--solver-options", "s_churn=1", "s_tmax=Infinity"]
+    out = tmp_path / "out"
+    assert called("sample", run, "--class-labels", 1, "--num-images-per-label", 1, *options, "--out", out) == 0
+    assert strict_json(out / "manifest.jsonl")["s_tmax"] is None
+
+
 @pytest.mark.slow
 def test_tune_prints_a_frontier_and_a_command_that_runs(run, ems, tmp_path):
     result = tune_run(run, budget=3, num_images=100)
@@ -174,8 +224,40 @@ def test_tune_prints_a_frontier_and_a_command_that_runs(run, ems, tmp_path):
     assert len(written["tried"]) == len(result.tried)
     assert any(s.setting.solver == "dpm_solver_v3" for s in result.tried)
     assert Image.open(result.picture).size[0] > 500
+    assert read_tune(run) == result
     v3 = Setting("dpm_solver_v3", 3, "time", 2.0, solver_options=(("ems", str(ems)), ("order", 2)))
     by_v3 = replace(result, frontier=(replace(result.best, setting=v3),))
     for found in (result, by_v3):
         command = found.command(run).split()[1:]
         assert called(*command, "--num-images-per-label", 1, "--out", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "says"),
+    [
+        (["--solver", "dpmp_2m"], "solver", "did you mean 'dpmpp_2m'"),
+        (["--spacing", "kerras"], "spacing", "did you mean 'karras'"),
+        (["--num-inference-steps", 0], "num_inference_steps=0", "at least 1"),
+        (["--num-inference-steps", 2, "--solver", "dpmpp_3m"], "num_inference_steps=2", "at least 3"),
+        (["--solver", "flow_heun", "--process", "vp_linear_discrete"], "process 'vp_linear_discrete'", "'vp_linear'"),
+        (["--image", "PICTURE", "--mask", "OTHER"], "mask has shape", "28, 28"),
+        (["--image", "OTHER", "--strength", 0.5], "editing.image has shape", "28, 28"),
+        (["--image", "PICTURE", "--strength", "nan"], "strength=nan", "(0, 1]"),
+        (["--guidance-scale", "nan"], "guidance_scale=nan", "finite"),
+        (["--solver-options", "t_start=NaN"], "t_start=nan", "a number"),
+    ],
+)
+def test_a_bad_sampler_is_one_line_that_names_the_field(run, tmp_path, capsys, arguments, field, says):
+    for name, size in (("PICTURE", (28, 28)), ("OTHER", (27, 28))):
+        Image.new("L", size, 200).save(tmp_path / f"{name}.png")
+    pictures = [tmp_path / f"{a}.png" if a in ("PICTURE", "OTHER") else a for a in arguments]
+    assert called("sample", run, *pictures, "--class-labels", 1, "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert field in line
+    assert says in line
+
+
+def test_guidance_of_an_unconditional_run_exits_with_2(tmp_path, capsys):
+    train(tiny_config(1, "num_classes=0"), tmp_path / "run", display=PlainDisplay(1e9))
+    assert called("sample", tmp_path / "run", "--guidance-scale", 2, "--out", tmp_path / "out") == 2
+    assert "guidance_scale=2.0: this network is unconditional" in capsys.readouterr().err

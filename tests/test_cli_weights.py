@@ -50,7 +50,7 @@ def test_there_and_back(run, tmp_path):
 def test_adapt_and_train_on(run, tmp_path):
     code, output = command("adapt", run, tmp_path / "deeper", "--depth", "3", "--num-classes", "20")
     assert code == 0
-    for words in ("depth: 1 -> 3", "again, gated off", "10 classes and the null label kept", "tensors kept as they"):
+    for words in ("depth: 1 -> 3", "again, switched off", "10 classes and the null label kept", "tensors kept as they"):
         assert words in output
     changes = ("positions=sincos", "qk_norm=false", "activation=gelu_tanh", "frequency_shift=1", "num_classes=20")
     config = tiny_config(1, *changes, "depth=3", f"initial_weights={tmp_path / 'deeper'}")

@@ -65,11 +65,23 @@ def test_patchify_is_a_patch_convolution():
     torch.testing.assert_close(patchify(x, 4) @ kernel.flatten(1).T, convolved, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("tokens", [7, 300])
-def test_attention_equals_the_library_on_both_paths(tokens):
-    q, k, v = torch.randn(3, 2, 3, tokens, 8).unbind(0)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attention(q, k, v), expected, rtol=1e-4, atol=1e-5)
+def test_attention_and_its_gradients_equal_the_library_on_both_paths(tokens, training, masked):
+    heads = torch.randn(3, 2, 3, tokens, 8)
+    mask = torch.rand(2, tokens) < 0.6 if masked else None
+    q, k, v = heads.clone().requires_grad_(training).unbind(0)
+    theirs = heads.clone().requires_grad_(training)
+    key_mask = None if mask is None else mask[:, None, None, :]
+    expected = torch.nn.functional.scaled_dot_product_attention(*theirs.unbind(0), attn_mask=key_mask)
+    attended = attention(q, k, v, mask)
+    torch.testing.assert_close(attended, expected, rtol=1e-4, atol=1e-5)
+    if training:
+        weights = torch.randn_like(expected)
+        (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), theirs)
+        gradients = torch.stack(torch.autograd.grad((attended * weights).sum(), (q, k, v)))
+        torch.testing.assert_close(gradients, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_rotary_products_depend_on_relative_positions_alone():
@@ -177,3 +189,20 @@ def test_features_by_name():
     assert not model.blocks[1]._forward_hooks
     with pytest.raises(UserError, match=r"did you mean 'blocks.1'"):
         forward_with_features(model, ["blocks.7"], x, t, cond)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rope", "sincos+rope"])
+def test_another_size_is_what_a_network_made_for_it_computes(positions):
+    config = dataclasses.replace(TINY, positions=positions)
+    other = dataclasses.replace(config, image_size=(config.image_size[0] + 4 * config.patch_size, config.patch_size))
+    model, wanted = randomised(config), build_model(other).eval()
+    wanted.load_state_dict(model.state_dict())
+    x, t, cond = inputs(other)
+    torch.testing.assert_close(model(x, t, cond), wanted(x, t, cond))
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    x, t, cond = inputs(TINY)
+    for positions, wrong, says in (("sincos", x[..., 1:], "must divide"), ("learned", torch.cat([x, x], 2), "learned")):
+        with pytest.raises(UserError, match=says):
+            build_model(dataclasses.replace(TINY, positions=positions))(wrong, t, cond)

@@ -221,6 +221,8 @@ def test_statistics_may_be_given_as_their_file(arbitrary, tmp_path):
         ({"ems": "nowhere.npz"}, "nowhere.npz.*smalti ems"),
         ({"ems": 3}, "ems=3 must be an EMS"),
         ({"order": 4}, "order=4 must be 1, 2 or 3"),
+        ({"order": 2.0}, "order=2.0 must be a whole number"),
+        ({"order": True}, "order=True must be a whole number"),
         ({"order": 3}, "num_inference_steps=2.*at least 3"),
         ({"pseudo": 1}, "pseudo=1 must be True or False"),
         ({"variant": "publised"}, "did you mean 'published'"),

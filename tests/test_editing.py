@@ -177,6 +177,7 @@ def inpainting(known=KNOWN, mask=None, noise=KNOWN):
         (lambda: inpainting(mask=torch.full((1, 1, 4, 5), -0.1)), "mask has values"),
         (lambda: inpainting(mask=torch.full((1, 1, 4, 5), float("nan"))), "mask has values"),
         (lambda: inpainting(noise=KNOWN[:1]), "noise has shape"),
+        (lambda: inpainting(known=KNOWN / 0), "known has entries that are NaN or infinite"),
         (lambda: inpainting(known=torch.zeros(3, 2), noise=torch.zeros(3, 2)), "known has shape"),
         (lambda: inpainting()(KNOWN[:2], torch.ones(2).double()), r"known has shape \(3, 2, 4, 5\), that of x"),
     ],

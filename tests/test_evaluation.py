@@ -5,9 +5,12 @@ import pytest
 import torch
 from scipy import linalg
 
-from smalti.data.digits import load_digits, to_bytes, to_signed_unit
+from smalti.data.digits import load_digits
 from smalti.data.order import batch_indices
+from smalti.data.rows import to_bytes, to_signed_unit
+from smalti.evaluation.digits import evaluate_run
 from smalti.evaluation.frechet import bootstrap, frechet_distance
+from smalti.types import UserError
 
 
 def test_frechet_equals_the_closed_form_by_scipy():
@@ -41,7 +44,7 @@ def test_digits_are_the_bundled_ones():
     assert (len(training_rows), len(held_out)) == (9000, 1000)
     assert training_rows.images.shape[1:] == (1, 28, 28)
     assert set(held_out.class_labels.tolist()) == set(range(10))
-    images, labels = training_rows.rows(torch.tensor([3, 5]))
+    images, labels = training_rows.labelled(torch.tensor([3, 5]))
     assert images.min() == -1.0
     assert torch.equal(to_bytes(images), training_rows.images[[3, 5]])
     assert labels.tolist() == training_rows.class_labels[[3, 5]].tolist()
@@ -66,3 +69,12 @@ def test_a_sampler_that_diverged_is_infinitely_far():
     broken = features.copy()
     broken[3, 1] = np.nan
     assert frechet_distance(broken, features) == float("inf")
+
+
+def test_a_mistake_in_the_settings_shows_before_a_judge_is_trained(trained_run, monkeypatch):
+    def never(progress):
+        raise AssertionError("the judge was asked for")
+
+    monkeypatch.setattr("smalti.evaluation.digits.load_judge", never)
+    with pytest.raises(UserError, match="num_inference_steps=0"):
+        evaluate_run(trained_run, num_inference_steps=0)

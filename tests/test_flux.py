@@ -60,6 +60,26 @@ def test_blocks_are_the_identity_at_initialisation():
     assert torch.equal(model(x, t, cond), torch.zeros(3, 3, 8, 12))
 
 
+@pytest.mark.parametrize("stack", ["double", "single"])
+def test_float16_past_its_range_stays_at_the_largest_number(stack):
+    """Two blocks each add 60,000: without the clip the second sum is infinite, and what follows nan."""
+    model = build_model(TINY)
+    with torch.no_grad():
+        if stack == "double":
+            for block in model.double_blocks:
+                block.text_mlp.fc2.bias.fill_(60_000.0)
+                block.text_modulation.bias[-32:] = 1.0  # the feed-forward's gate
+        else:
+            for block in model.single_blocks:
+                block.out.bias.fill_(60_000.0)
+                block.modulation.bias[-32:] = 1.0
+        model.output.weight.fill_(0.01)
+    x, t, cond = inputs(TINY)
+    with torch.no_grad():
+        output = model.half()(x.half(), t, cond.map(lambda value: value.half()))
+    assert torch.isfinite(output).all()
+
+
 def test_each_sample_has_its_own_time_and_text():
     model = randomised(TINY)
     x, t, cond = inputs(TINY)

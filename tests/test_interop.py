@@ -20,7 +20,6 @@ from smalti.interop.files import read_folder, write_folder
 from smalti.interop.formats import format_of_class
 from smalti.interop.layout import Layout, joined, swapped_halves
 from smalti.interop.load import check_precision, read_weights, write_network
-from smalti.interop.surgery import adapt, block_sources
 from smalti.models import DiTConfig, build_model, network_of
 from smalti.types import Condition, UserError
 
@@ -373,87 +372,3 @@ def test_targets_that_cannot_express_the_network(tmp_path, folder):
 
 def test_the_form_of_a_class():
     assert format_of_class("DiTTransformer2DModel").config_type is DiTConfig
-
-
-# Surgery
-
-
-def weights_of(config):
-    from smalti.interop.load import Weights
-
-    return Weights(config, dict(randomised(config).state_dict()), "smalti")
-
-
-def run(weights, x, labels):
-    model = network_of(weights.config).eval()
-    model.load_state_dict(weights.tensors)
-    return model(x, torch.full((len(x),), 300.0), Condition(class_labels=labels))
-
-
-@pytest.mark.parametrize("depth", [3, 4, 7])
-def test_a_deeper_network_computes_the_same(depth):
-    weights = weights_of(TINY)
-    deeper, report = adapt(weights, depth=depth)
-    x, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 10])
-    torch.testing.assert_close(run(deeper, x, labels), run(weights, x, labels), rtol=1e-5, atol=1e-5)
-    assert sum("gated off" in line.how for line in report if line.name.endswith("qkv.weight")) == depth - 2
-
-
-def test_more_and_fewer_classes_keep_theirs_and_the_null_label():
-    weights = weights_of(TINY)
-    x = torch.randn(2, 4, 8, 8)
-    for classes in (1000, 5):
-        changed, report = adapt(weights, num_classes=classes)
-        expected = run(weights, x, torch.tensor([4, 10]))
-        torch.testing.assert_close(run(changed, x, torch.tensor([4, classes])), expected)
-        (line,) = [line for line in report if line.name == "label_embed.weight"]
-        assert line.kept == pytest.approx((min(10, classes) + 1) / (classes + 1))
-
-
-def test_resized_patches_see_resized_pictures_as_before():
-    weights = weights_of(dataclasses.replace(TINY, positions="learned"))
-    finer, _ = adapt(weights, patch_size=4, image_size=(16, 16))
-    x = torch.randn(2, 4, 8, 8)
-    tiles = x.unfold(2, 2, 2).unfold(3, 2, 2)  # each patch resized by itself
-    resized = torch.nn.functional.interpolate(
-        tiles.reshape(-1, 1, 2, 2), (4, 4), mode="bilinear", align_corners=False
-    ).view(2, 4, 4, 4, 4, 4)
-    picture = resized.permute(0, 1, 2, 4, 3, 5).reshape(2, 4, 16, 16)
-    output = run(finer, picture, torch.tensor([0, 3]))
-    expected = run(weights, x, torch.tensor([0, 3]))
-    # The old output's patches, resized, are the new output.
-    again = torch.nn.functional.interpolate(
-        expected.unfold(2, 2, 2).unfold(3, 2, 2).reshape(-1, 1, 2, 2), (4, 4), mode="bilinear", align_corners=False
-    ).view(2, 8, 4, 4, 4, 4)
-    torch.testing.assert_close(output, again.permute(0, 1, 2, 4, 3, 5).reshape(2, 8, 16, 16), rtol=1e-3, atol=1e-4)
-
-
-def test_learned_positions_are_interpolated():
-    weights = weights_of(dataclasses.replace(TINY, positions="learned"))
-    weights.tensors["positions_ND"] = torch.arange(4.0).repeat(4)[:, None].expand(16, 64).contiguous()  # the column
-    wider, _ = adapt(weights, image_size=(8, 16))
-    columns = wider.tensors["positions_ND"].view(4, 8, 64)[2, :, 0]
-    assert (columns.diff() > 0).all()
-    assert columns.mean() == pytest.approx(1.5, abs=1e-5)
-
-
-def test_what_cannot_be_changed():
-    weights = weights_of(TINY)
-    for changes, says in [({"width": 32}, "width cannot be changed"), ({"num_classes": 0}, "stays one")]:
-        with pytest.raises(UserError, match=says):
-            adapt(weights, **changes)
-
-
-@settings(max_examples=50, deadline=None)
-@given(old=st.integers(1, 12), new=st.integers(1, 30))
-def test_every_new_block_has_a_source(old, new):
-    sources = block_sources(old, new)
-    assert len(sources) == new
-    order = [source for source, _ in sources]
-    assert order == sorted(order)
-    assert order[0] == 0
-    if new >= old:
-        assert sorted({source for source, repeated in sources if not repeated}) == list(range(old))
-        assert sum(repeated for _, repeated in sources) == new - old
-    elif new > 1:
-        assert order[-1] == old - 1

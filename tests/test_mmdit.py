@@ -91,6 +91,14 @@ def test_a_size_takes_the_middle_of_the_position_table():
     assert model(*inputs(TINY, size=(16, 2))).shape == (3, 3, 16, 2)
 
 
+def test_the_position_table_counts_native_tokens():
+    """8 rows and columns for 4 x 6 native tokens: row i counts as i 4 / 8, column j as j 6 / 8; columns come first."""
+    table = randomised(TINY).positions_ND.view(8, 8, 32)
+    index = torch.arange(8.0)
+    torch.testing.assert_close(table[3, :, 0], torch.sin(index * 6 / 8))
+    torch.testing.assert_close(table[:, 5, 16], torch.sin(index * 4 / 8))
+
+
 @pytest.mark.parametrize("size", [(8, 11), (18, 4), (4, 18)])
 def test_sizes_that_do_not_fit_are_refused(size):
     with pytest.raises(UserError, match=f"{size[0]} x {size[1]} does not fit: multiples of 2 up to 16"):

@@ -14,7 +14,7 @@ from smalti.diffusion import make_process, process_names
 from smalti.diffusion.objective import Objective, loss_by_timestep_bin, loss_weight, noisy_input, per_sample_loss
 from smalti.diffusion.prediction import prediction_types, training_target, x0_from_output
 from smalti.recipes import recipe
-from smalti.training.batch import validation_batch
+from smalti.training.batch import validation_batches
 from smalti.training.display import PlainDisplay
 from smalti.training.loop import train
 from smalti.types import UserError
@@ -129,7 +129,8 @@ def test_a_run_logs_its_validation_loss_by_timestep(tmp_path):
     train(config, tmp_path / "run", display=PlainDisplay(1e9))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     (row,) = [row for row in map(json.loads, lines) if "validation_loss" in row]
-    t = validation_batch(config, make_process("edm"), load_digits()[1]).t
+    (batch,) = validation_batches(config, make_process("edm"), load_digits()[1:])
+    t = batch.t
     _, counts = loss_by_timestep_bin(t, t)
     names = {f"validation_loss_t{i}": count for i, count in enumerate(counts.tolist()) if count}
     assert set(row) == {"step", "validation_loss", *names}
@@ -143,6 +144,12 @@ def test_a_run_logs_its_validation_loss_by_timestep(tmp_path):
     [
         (["weighting=minsnr"], "weighting='minsnr' must be one of uniform, min_snr, sigma_sqrt, cosmap, edm"),
         (["prediction_type=eps", "process=vp_linear_zero_snr"], "prediction_type='eps' says nothing of x0 at pure"),
+        (["vlb_weight=-1"], r"vlb_weight=-1\.0 must be at least 0"),
+        (
+            ["vlb_weight=0.001", "process=vp_linear_discrete"],
+            r"vlb_weight=0\.001 has no effect.*model\.learn_sigma=true",
+        ),
+        (["learn_sigma=true", "vlb_weight=0.001"], r"vlb_weight=0\.001 is for a process of steps.*'rectified_flow'"),
     ],
 )
 def test_bad_objectives_are_refused(overrides, says):

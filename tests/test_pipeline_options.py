@@ -151,7 +151,15 @@ def test_a_negative_label_stands_in_the_null_labels_place(pipe):
         ({"editing": Editing(torch.zeros(1, 28, 28), mask=torch.zeros(27, 28))}, "mask has shape"),
         ({"editing": Editing(torch.zeros(3, 28, 28), strength=0.5)}, "editing.image has shape"),
         ({"editing": Editing(torch.zeros(1, 28, 28), strength=1.5)}, "strength=1.5"),
-        ({"editing": Editing(torch.full((1, 28, 28), float("nan")), strength=0.5)}, "NaN"),
+        ({"editing": Editing(torch.full((1, 28, 28), float("nan")), strength=0.5)}, "editing.image has entries .* NaN"),
+        # All of it is painted, so that no NaN of it would be in the start.
+        ({"editing": Editing(torch.full((1, 28, 28), float("nan")), mask=torch.ones(28, 28))}, "editing.image has"),
+        ({"editing": Editing(torch.zeros(3, 1, 28, 28), strength=0.5)}, "editing.image has shape .* for 1 pictures"),
+        ({"editing": Editing(torch.zeros(28, 28), strength=0.5)}, "editing.image has shape"),
+        ({"editing": Editing(torch.zeros(1, 28, 28), mask=torch.ones(2, 1, 28, 28))}, "editing.mask has shape"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"process": "edm"}, "'process' has no effect on solver 'dpmpp_2m'"),
+        ({"name": "ddim"}, "'name' has no effect"),
         ({"negative_class_labels": [11]}, r"^negative_class_labels=\[11\] must lie in 0 \.\. 9"),
         ({"negative_class_labels": [0.5]}, r"^negative_class_labels=\[0\.5\] must be"),
         ({"editing": Editing(torch.zeros(1, 28, 28), strength=0.5), "t_start": 0.7}, r"t_start=0\.7 and strength=0\.5"),
@@ -162,6 +170,19 @@ def test_bad_requests_are_refused_in_one_line(pipe, arguments, says):
     with pytest.raises(UserError, match=says) as caught:
         pipe([1], **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["solver", "process", "num_inference_steps", "seed"])
+def test_solver_options_of_a_request_name_no_other_argument(pipe, option):
+    with pytest.raises(UserError, match=f"option '{option}' has no effect on solver 'ddim': .*it takes eta .*t_start"):
+        pipe.mixed([ImageRequest(1, solver="ddim", solver_options={option: 3})])
+
+
+def test_one_picture_to_edit_serves_every_batch(pipe):
+    image = torch.zeros(1, 1, 28, 28)
+    editing = [Editing(i, strength=0.5) for i in (image, image[0])]
+    drawn = [pipe([4, 5], editing=e, num_inference_steps=2, batch_size=1).tensor for e in editing]
+    assert torch.equal(*drawn)
 
 
 def unconditional_pipeline():

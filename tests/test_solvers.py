@@ -6,6 +6,7 @@ import torch
 from gaussian import GaussianDenoiser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moments import MEAN, VARIANCE, moments_at_end
 from needed_options import needed_options
 
 from smalti import rng
@@ -16,8 +17,6 @@ from smalti.sampling.solvers import solver_entry
 from smalti.sampling.solvers.singlestep import step_orders
 from smalti.types import UserError
 
-MEAN = torch.tensor([0.7, -0.3], dtype=torch.float64)
-VARIANCE = torch.tensor([0.09, 0.5], dtype=torch.float64)
 PROCESSES = ["rectified_flow", "vp_linear", "vp_cosine"]
 
 
@@ -25,40 +24,35 @@ def start(process, t, count=16, dimensions=2):
     return rng.normal((dimensions,), seed=torch.arange(count), purpose="test", dtype=torch.float64)
 
 
-def exact_moments(plan, denoiser):
-    """Mean and variance at the end of a one-register plan started from N(0, 1): the Gaussian's denoiser is affine."""
-    mean, variance = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-    for t, (weight_x, weight_x0, weight_z) in zip(plan.times, plan.matrices[:, 0], strict=True):
-        t = torch.full((2,), t, dtype=torch.float64)
-        zero, one = torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)
-        offset = denoiser(zero, t)[0]
-        gain = denoiser(one, t)[0] - offset
-        factor = weight_x + weight_x0 * gain
-        mean, variance = factor * mean + weight_x0 * offset, factor**2 * variance + weight_z**2
-    return mean, variance
+NORMAL = np.zeros(2), np.ones(2)  # moments
 
 
 @pytest.mark.parametrize("process_name", ["vp_linear", "vp_cosine", "rectified_flow"])
 @pytest.mark.parametrize(("solver", "options"), [("ddpm", {}), ("ddpm", {"variance": "large"}), ("ddim", {"eta": 1.0})])
 def test_stochastic_solvers_keep_the_marginals_to_first_order(solver, options, process_name):
+    """From pure noise to data; tests/test_weak_order.py has the orders between."""
     process = make_process(process_name)
-    denoiser = GaussianDenoiser(process, MEAN, VARIANCE)
     errors = []
     for steps in (250, 500, 1000):
         plan = make_plan(solver, process=process, num_inference_steps=steps, spacing="lambda", **options)
-        mean, variance = exact_moments(plan, denoiser)
-        errors.append(float(torch.cat([(mean - MEAN) / VARIANCE.sqrt(), variance / VARIANCE - 1]).abs().max()))
+        mean, variance = moments_at_end(plan, NORMAL)
+        gaps = np.abs([(mean - MEAN.numpy()) / VARIANCE.sqrt().numpy(), variance / VARIANCE.numpy() - 1])
+        errors.append(float(gaps.max()))
     assert errors[-1] < 0.03, errors
     assert errors[0] > 1.5 * errors[1] > 2.2 * errors[2], errors
 
 
-def test_fresh_noise_has_the_variance_that_the_plan_says():
+@pytest.mark.parametrize(
+    ("solver", "options"), [("ddpm", {}), ("dpmpp_sde_3m", {}), ("sde_heun", {}), ("edm_heun", {"s_churn": 8.0})]
+)
+def test_fresh_noise_has_the_variance_that_the_plan_says(solver, options):
+    """Samples against the moments of the table."""
     process = make_process("vp_linear")
     denoiser = GaussianDenoiser(process, MEAN, VARIANCE)
-    plan = make_plan("ddpm", process=process, num_inference_steps=20)
+    plan = make_plan(solver, process=process, num_inference_steps=20, t_start=0.9, **options)
     count = 20_000
     end = run_plan(plan, denoiser, start(process, 1.0, count=count))
-    mean, variance = exact_moments(plan, denoiser)
+    mean, variance = (torch.from_numpy(moment) for moment in moments_at_end(plan, NORMAL))
     assert ((end.mean(0) - mean).abs() < 4 * (variance / count).sqrt()).all()
     assert ((end.var(0) / variance - 1).abs() < 4 * (2 / count) ** 0.5).all()
 
@@ -134,6 +128,15 @@ def test_noise_of_a_trajectory_depends_on_its_seed_alone():
         ({"lower_order_finale": True}, "did you mean 'lower_order_final'"),
         ({"lower_order_final": 3}, "lower_order_final=3 must be True or False"),
         ({"solver_type": "middle"}, "unknown solver_type 'middle'"),
+        ({"solver_type": 3}, "solver_type=3 must be a name"),
+        ({"name": "ddim", "eta": "much"}, "eta='much' must be a number"),
+        ({"name": "ddim", "eta": True}, "eta=True must be a number"),
+        ({"name": "edm_heun", "s_tmax": float("nan")}, "s_tmax=nan must be a number"),
+        ({"t_start": "early"}, "t_start='early' must be a number"),
+        ({"shift": [3.0]}, r"shift=\[3.0\] must be a number"),
+        ({"times": "late"}, "times='late' must be two or more numbers"),
+        ({"times": 0.5, "num_inference_steps": None}, "times=0.5 must be two or more numbers"),
+        ({"name": 7}, "unknown solver 7"),
         ({"name": "unipc_2", "bh": "bh3"}, "unknown bh 'bh3'"),
         ({"name": "ddpm", "variance": "larg"}, "did you mean 'large'"),
         ({"name": "ddim", "eta": 1.5}, "eta=1.5 must lie in 0 .. 1"),

@@ -83,7 +83,22 @@ def test_caption_tokens_are_counted_in_order(rows):
         assert length == padded_length(sum(row))
 
 
-def test_what_is_kept_between_forwards_serves_training_too():
+def test_an_empty_caption_is_no_trouble():
+    """Nor to its neighbour in the batch, nor to the gradients."""
+    model = randomised(TINY)
+    x, t, text = inputs(TINY)
+    mask = torch.ones(text.shape[:2], dtype=torch.bool)
+    mask[1] = False
+    output = model(x, t, Condition(text_embeds=text, text_mask=mask))
+    output.square().sum().backward()
+    assert torch.isfinite(output).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    alone = model(x[:1], t[:1], Condition(text_embeds=text[:1], text_mask=mask[:1]))
+    torch.testing.assert_close(output[:1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_with_gradients_computes_what_one_without_does():
+    """Without them the gate is multiplied in place."""
     model = randomised(TINY)
     x, t, text = inputs(TINY, size=(4, 14))
     cond = Condition(text_embeds=text)

@@ -36,7 +36,7 @@ def validation_losses(
         return per_sample_loss(network, process, objective, x0, eps, t, condition(labels)).mean()
 
     def held_out_loss() -> float:
-        images, labels = held_out.rows(torch.arange(64))
+        images, labels = held_out.labelled(torch.arange(64))
         x0 = to_input(images)
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
         t = (torch.arange(64, dtype=torch.float64) * 0.618 + 0.5) % 1.0
@@ -46,7 +46,7 @@ def validation_losses(
     before = held_out_loss()
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
     for _ in range(steps):
-        images, labels = training.rows(torch.randint(0, 256, (batch_size,), generator=generator))
+        images, labels = training.labelled(torch.randint(0, 256, (batch_size,), generator=generator))
         x0 = to_input(images)
         eps = torch.randn(x0.shape, generator=generator)
         t = torch.rand(batch_size, generator=generator, dtype=torch.float64)

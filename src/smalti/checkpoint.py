@@ -8,7 +8,6 @@ ones whole. state.json holds the SHA-256 of each file and of itself.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smalti.data.durable import sync
+from smalti.data.fingerprint import file_digest
 from smalti.types import UserError
 
 _PARTIAL = ".partial-"
@@ -38,21 +39,8 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _state_digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(
@@ -68,17 +56,17 @@ def save_checkpoint(
         for group, named in tensors.items():
             path = partial / f"{group}.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
-            _sync(path)
-        digests = {f"{group}.safetensors": _digest(partial / f"{group}.safetensors") for group in tensors}
+            sync(path)
+        digests = {f"{group}.safetensors": file_digest(partial / f"{group}.safetensors") for group in tensors}
         state = {"step": step, **state, "files": digests}
         document = {"state": state, "sha256": _state_digest(state)}
         state_path = partial / "state.json"
         state_path.write_text(json.dumps(document, indent=1))
-        _sync(state_path)
-        _sync(partial)
+        sync(state_path)
+        sync(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        _sync(parent)
+        sync(parent)
     except SafetensorError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"cannot write {partial}: {error}") from error
@@ -125,7 +113,7 @@ def read_checkpoint(folder: Path, groups: tuple[str, ...] | None = None) -> Chec
         path = folder / file_name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if _digest(path) != expected:
+        if file_digest(path) != expected:
             raise CheckpointError(f"{path} is damaged: its checksum does not match (truncated or altered)")
         tensors[group] = load_file(path)
     return Checkpoint(folder, int(state["step"]), tensors, state)

@@ -16,6 +16,7 @@ from smalti.cli_arguments import (
     Adapt,
     Completion,
     Convert,
+    Doctor,
     Ems,
     Eval,
     Explain,
@@ -24,14 +25,22 @@ from smalti.cli_arguments import (
     Sample,
     Sampler,
     Train,
+    TrainAutoencoder,
     Tune,
 )
+from smalti.cli_data import data_command
+from smalti.cli_data_arguments import Data
+from smalti.cli_doctor import doctor_command
+from smalti.cli_latents import train_autoencoder_command
+from smalti.cli_options import check_device, chosen_budget, set_threads
+from smalti.cli_progress import progress_bar
 from smalti.cli_weights import adapt_command, convert_command, export_command
 from smalti.types import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from smalti.config import SamplingConfig
     from smalti.pipeline import Editing
     from smalti.sampling.ems import EMSOrigin
     from smalti.sampling.guided import GuidanceOptions
@@ -48,48 +57,23 @@ def _console() -> "Console":
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
-def _set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise UserError(f"--threads {threads} must be at least 1")
-        torch.set_num_threads(threads)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from None
-
-
 def _train(command: Train) -> int:
     from dataclasses import replace
 
-    from smalti.config import Budget, BudgetUnit, apply_overrides
+    from smalti.config import apply_overrides
     from smalti.recipes import recipe
     from smalti.training.loop import TrainingDiverged, train
     from smalti.training.memory import keep_freed_memory
 
-    amounts: dict[BudgetUnit, float | None] = {
-        "minutes": command.minutes,
-        "steps": command.steps,
-        "epochs": command.epochs,
-    }
-    given = [Budget(unit, amount) for unit, amount in amounts.items() if amount is not None]
-    if len(given) > 1:
-        raise UserError("give one budget: --minutes, --steps or --epochs, not several")
+    budget = chosen_budget(command)
     if command.resume and command.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
     config = apply_overrides(recipe(command.recipe), command.set)
-    if given:
-        config = replace(config, budget=given[0])
+    if budget is not None:
+        config = replace(config, budget=budget)
     out = command.out or Path("runs") / command.recipe
-    _set_threads(command.threads)
-    _check_device(command.device)
+    set_threads(command.threads)
+    check_device(command.device)
     keep_freed_memory()
     try:
         result = train(config, out, resume=command.resume, overwrite=command.overwrite, device=command.device)
@@ -104,19 +88,24 @@ def _train(command: Train) -> int:
     return 0
 
 
-def _solver_options(given: Sequence[str]) -> dict[str, Any]:
+def _solver_options(given: Sequence[str], solver: str) -> dict[str, Any]:
     """name=value texts as keyword arguments: numbers, true, false, or the text itself."""
     import json
+
+    from smalti.sampling.solvers import check_option_names
 
     options: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--solver-options {text!r} must have the form name=value")
+        if name in options:
+            raise UserError(f"--solver-options {text!r}: {name} is given twice")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
             options[name] = value
+    check_option_names(solver, options)
     return options
 
 
@@ -135,15 +124,15 @@ def _guidance(sampler: Sampler, default: "GuidanceOptions") -> "GuidanceOptions"
     return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
-def _sampling(sampler: Sampler, default: "GuidanceOptions") -> dict[str, Any]:
+def _sampling(sampler: Sampler, default: "SamplingConfig") -> dict[str, Any]:
     """The keyword arguments of a pipeline call that the command line's sampler stands for."""
     return {
         "num_inference_steps": sampler.num_inference_steps,
         "solver": sampler.solver,
         "spacing": sampler.spacing,
         "guidance_scale": sampler.guidance_scale,
-        "guidance": _guidance(sampler, default),
-        **_solver_options(sampler.solver_options),
+        "guidance": _guidance(sampler, default.guidance),
+        **_solver_options(sampler.solver_options, sampler.solver or default.solver),
     }
 
 
@@ -182,36 +171,42 @@ def _sample(command: Sample) -> int:
     import smalti
     from smalti.config import to_json
     from smalti.images import grid_picture
+    from smalti.run_folder import finite_json
     from smalti.training.memory import keep_freed_memory
 
-    _set_threads(command.threads)
+    set_threads(command.threads)
     keep_freed_memory()
-    _check_device(command.device)
+    check_device(command.device)
     pipe = smalti.load(command.run, checkpoint=command.checkpoint, device=command.device)
-    num_classes = pipe.config.model.num_classes
-    if command.num_images_per_label < 1:
-        raise UserError(f"--num-images-per-label {command.num_images_per_label} must be at least 1")
+    num_classes = getattr(pipe.config.model, "num_classes", 0)
+    each = command.num_images_per_label
+    if each < 1:
+        raise UserError(f"--num-images-per-label {each} must be at least 1")
     labels: list[int] | None = None
     if num_classes or command.class_labels:
-        labels = [c for c in command.class_labels or range(num_classes) for _ in range(command.num_images_per_label)]
+        labels = [c for c in command.class_labels or range(num_classes) for _ in range(each)]
+    prompts = [prompt for prompt in command.prompts for _ in range(each)] or None
     defaults = pipe.config.sampling
     sampler = command.sampler
     if sampler.process is not None:
         pipe = pipe.on_process(sampler.process)
-    sampling = _sampling(sampler, defaults.guidance)
-    with _progress_bar("sampling") as progress:
+    sampling = _sampling(sampler, defaults)
+    with progress_bar("sampling") as progress:
         output = pipe(
             labels,
-            num_images=None if labels is not None else command.num_images_per_label,
+            prompts=prompts,
+            num_images=None if labels or prompts or pipe.encode_prompts is not None else each,
             negative_class_labels=command.negative_class_labels or None,
+            negative_prompt=command.negative_prompt,
             editing=_editing(command, pipe.config.model.in_channels),
+            image_size=command.image_size,
             seed=command.seed,
             batch_size=command.batch_size,
             progress=progress,
             **sampling,
         )
     scale = defaults.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
-    options = _solver_options(sampler.solver_options)
+    options = _solver_options(sampler.solver_options, output.plan.solver)
     if "ems" in options:
         options["ems_origin"] = asdict(_ems_origin(options["ems"], scale))
     settings = {
@@ -220,9 +215,11 @@ def _sample(command: Sample) -> int:
         "num_inference_steps": sampler.num_inference_steps or defaults.num_inference_steps,
         "network_calls": output.plan.num_calls,
         "times": output.plan.times.round(6).tolist(),
-        "guidance_scale": scale if labels is not None else 1.0,
+        "guidance_scale": scale if labels or prompts else 1.0,
         "guidance": to_json(sampling["guidance"]),
         "negative_class_labels": command.negative_class_labels,
+        "negative_prompt": command.negative_prompt,
+        "image_size": command.image_size,
         "image": str(command.image) if command.image else None,
         "strength": command.strength,
         "mask": str(command.mask) if command.mask else None,
@@ -237,9 +234,11 @@ def _sample(command: Sample) -> int:
             for i, image in enumerate(output.images):
                 image.save(command.out / f"{i:05}.png")
                 label = output.class_labels[i] if output.class_labels is not None else None
-                row = {"file": f"{i:05}.png", "class_label": label, "seed": output.seeds[i], **settings}
-                manifest.write(json.dumps(row) + "\n")
-        columns = min(command.num_images_per_label, 16)
+                prompt = output.prompts[i] if output.prompts is not None else None
+                asked = {"class_label": label, "prompt": prompt, "seed": output.seeds[i]}
+                row = {"file": f"{i:05}.png", **asked, **settings}
+                manifest.write(json.dumps(finite_json(row)) + "\n")
+        columns = min(each, 16)
         grid_picture(output.tensor, columns, zoom=2).save(command.out / "grid.png")
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -253,9 +252,9 @@ def _judged(command: Eval | Tune, text: str, judge: Callable[..., Result], **arg
     """judge on the samples that the command asks for, under a progress bar."""
     from smalti.training.memory import keep_freed_memory
 
-    _set_threads(command.threads)
+    set_threads(command.threads)
     keep_freed_memory()
-    with _progress_bar(text) as progress:
+    with progress_bar(text) as progress:
         return judge(
             command.run,
             num_images=command.num_images,
@@ -268,11 +267,13 @@ def _judged(command: Eval | Tune, text: str, judge: Callable[..., Result], **arg
 
 def _eval(command: Eval) -> int:
     from smalti.evaluation.digits import evaluate_run
+    from smalti.evaluation.prompts import evaluate_prompted_run
     from smalti.run_folder import read_config
 
-    sampling = _sampling(command.sampler, read_config(command.run).sampling.guidance)
-    report = _judged(command, "judging", evaluate_run, process=command.sampler.process, **sampling)
-    print(report.text())
+    config = read_config(command.run)
+    judge: Callable[..., Any] = evaluate_run if config.text is None else evaluate_prompted_run
+    sampling = _sampling(command.sampler, config.sampling)
+    print(_judged(command, "judging", judge, process=command.sampler.process, **sampling).text())
     return 0
 
 
@@ -290,7 +291,7 @@ def _explain(command: Explain) -> int:
         process=make_process(command.process),
         num_inference_steps=command.steps,
         spacing=command.spacing,
-        **_solver_options(command.solver_options),
+        **_solver_options(command.solver_options, command.solver),
     )
     _console().print(plan_table(plan))
     if command.plot is not None:
@@ -315,9 +316,9 @@ def _ems(command: Ems) -> int:
     from smalti.sampling.ems import save_ems
     from smalti.training.memory import keep_freed_memory
 
-    _set_threads(command.threads)
+    set_threads(command.threads)
     keep_freed_memory()
-    with _progress_bar("measuring") as progress:
+    with progress_bar("measuring") as progress:
         ems = estimate_run_ems(
             command.run,
             num_images=command.num_images,
@@ -357,6 +358,7 @@ def _completion(command: Completion) -> int:
 
 _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Train: _train,
+    TrainAutoencoder: train_autoencoder_command,
     Sample: _sample,
     Eval: _eval,
     Explain: _explain,
@@ -365,28 +367,11 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Convert: convert_command,
     Export: export_command,
     Adapt: adapt_command,
+    Data: data_command,
+    Doctor: doctor_command,
     Info: _info,
     Completion: _completion,
 }
-
-
-class _progress_bar:
-    """A rich bar over progress(done, total) calls; silent where nobody watches."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
-        self._bar.start()
-        task = self._bar.add_task(self._text, total=None)
-        return lambda done, total: self._bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
 
 
 def _subcommands() -> Any:

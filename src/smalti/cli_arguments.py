@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from smalti.cli_data_arguments import Data
+
 
 @dataclass(frozen=True)
 class Train:
@@ -15,7 +17,9 @@ class Train:
 
     The run directory holds the full config, checkpoints, metrics (JSONL and TensorBoard) and sample grids. Ctrl-C saves
     and stops; --resume goes on where a run stopped, also after a crash. Recipes: mnist (the best three minutes on a
-    CPU), mnist-ddpm (DiT's published recipe on the same digits). `smalti info RECIPE` shows every field --set takes.
+    CPU), mnist-ddpm (DiT's published recipe on the same digits), fashion (clothes by class), emoji-32 (text to image
+    on emoji), folder (text to image on pictures of your own). `smalti doctor RECIPE` examines one before it trains;
+    `smalti info RECIPE` shows every field --set takes.
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
@@ -34,6 +38,55 @@ class Train:
     """Replace the run in --out."""
     set: tuple[str, ...] = ()
     """Config fields as field=value, by unique name or dotted path: --set batch_size=32 optimizer=adamw."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda, cuda:1, mps."""
+
+
+@dataclass(frozen=True)
+class TrainAutoencoder:
+    """Train a small autoencoder on your own pictures, for latent diffusion without a download.
+
+    Example: smalti train-autoencoder emoji --size 64 64 --minutes 10 --out runs/autoencoder
+
+    A convolutional encoder and decoder of a million weights with a small KL term. Prints the PSNR of held-out pictures
+    before and after; reconstructions.png shows them above their reconstructions. Ctrl-C stops and keeps what is there.
+    Then: smalti data cache SOURCE --encoder runs/autoencoder.
+    """
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """What `smalti data show` takes."""
+    out: Path = Path("runs/autoencoder")
+    """The folder to write."""
+    size: tuple[int, int] = (64, 64)
+    """Height and width of the pictures. What is trained takes others too."""
+    channels: Literal[1, 3] = 3
+    """1 (grey) or 3 (RGB)."""
+    minutes: float | None = None
+    """Budget: minutes of training (default: 3). Give at most one budget."""
+    steps: int | None = None
+    """Budget: optimiser steps."""
+    epochs: float | None = None
+    """Budget: passes over the pictures."""
+    factor: int = 4
+    """Pixels a latent, along each side: 2, 4, 8 or 16."""
+    latent_channels: int = 4
+    """Channels of a latent."""
+    width: int = 48
+    """Channels at half the pictures' size, a multiple of 8."""
+    batch_size: int = 16
+    """Pictures a step."""
+    learning_rate: float = 2e-3
+    """AdamW's, before its cosine decay."""
+    kl_weight: float = 1e-4
+    """Of the KL term: more makes latents smoother and reconstructions blurrier."""
+    gradient_weight: float = 0.5
+    """Of the term that compares edges."""
+    seed: int = 0
+    """Of weights, noise and the order of pictures."""
+    overwrite: bool = False
+    """Replace the autoencoder in --out."""
     threads: int | None = None
     """CPU threads (default: all cores)."""
     device: str = "cpu"
@@ -74,27 +127,34 @@ class Sampler:
 class Sample:
     """Draw pictures from a run.
 
-    Example: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
+    Examples: smalti sample runs/mnist --class-labels 0 1 2 --num-images-per-label 8 --out samples
+              smalti sample runs/emoji-32 --prompts "a red heart" "a cat with wry smile" --guidance-scale 4
 
-    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label, seed, every setting). A picture
-    depends on its own seed and label alone, so any row of a manifest can be drawn again by itself.
+    Writes 00000.png ..., grid.png and manifest.jsonl (a row a picture: file, label or prompt, seed, every setting). A
+    picture depends on its own seed and label or prompt alone, so any row of a manifest can be drawn again by itself.
     """
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run directory."""
     class_labels: tuple[int, ...] = ()
     """Labels to draw (default: each class once)."""
-    num_images_per_label: int = 8
-    """Pictures for each label (or in all, for an unconditional network)."""
+    prompts: tuple[str, ...] = ()
+    """What to draw, for a network that reads text."""
+    num_images_per_label: Annotated[int, arg(aliases=["--num-images-per-prompt"])] = 8
+    """Pictures for each label or prompt (or in all, for an unconditional network)."""
     sampler: Sampler = Sampler()
     negative_class_labels: tuple[int, ...] = ()
     """Labels to move away from, in place of the null label: one for all, or one a picture."""
+    negative_prompt: str | None = None
+    """What to move away from, in place of the empty prompt."""
     image: Path | None = None
     """A picture to begin from (with --strength) or to keep a part of (with --mask)."""
     strength: float = 1.0
     """How far --image is noised, above 0 to 1; 1 leaves nothing of it and is for --mask."""
     mask: Path | None = None
     """A picture of the image's size: white where to paint, black where to keep --image."""
+    image_size: tuple[int, int] | None = None
+    """Height and width, for a network that takes others than it was trained at."""
     seed: int = 0
     """Seed of the first picture; picture i takes seed + i."""
     batch_size: int = 64
@@ -111,19 +171,22 @@ class Sample:
 
 @dataclass(frozen=True)
 class Eval:
-    """Judge a run: are its digits what was asked for, and how far are they from real ones?
+    """Judge a run: do its pictures show what was asked for, and how far are they from real ones?
 
     Example: smalti eval runs/mnist --guidance-scale 2 --guidance-interval 0.3 1
 
     Draws class-conditional samples and prints the judge's accuracy on them and the Frechet distance in the judge's
     features against the held-out digits, each with a bootstrap 95 % interval; writes RUN/evaluation.json. The judge is
     a small classifier, trained once on the bundled digits (about a minute) and cached.
+
+    Of a run that reads prompts: how often a judge of pictures and captions, trained once on the run's own data and
+    cached, puts a picture's own prompt among the first 10 of 200; RUN/prompts.png shows 48 of them.
     """
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """The run directory."""
     num_images: int = 1000
-    """Samples to judge, an equal number of each class."""
+    """Samples to judge, an equal number of each class or prompt."""
     sampler: Sampler = Sampler()
     seed: int = 0
     """Seed of the first sample."""
@@ -276,13 +339,14 @@ class Export:
 
 @dataclass(frozen=True)
 class Adapt:
-    """Change a DiT's number of classes, resolution, patch size or depth, keeping what can be kept.
+    """Change a network's number of classes, resolution, patch size, depth or text width, keeping what can be kept.
 
     Example: smalti adapt runs/mnist wider --num-classes 20 --depth 6
 
-    Classes that both have are kept; learned positions are interpolated; patch kernels are resized; a deeper network
-    computes at first what the old one did. Prints what became of each tensor; writes a network for `smalti train
-    --set initial_weights=OUT`.
+    Takes a DiT, a U-ViT or an MM-DiT (of which the last has text for classes). Classes that both have are kept; tables
+    of positions are interpolated; patch kernels are resized; a deeper network computes at first what the old one did;
+    another text width starts with a fresh projection. Prints what became of each tensor; writes a network for `smalti
+    train --set initial_weights=OUT`.
     """
 
     source: Annotated[Positional[str], arg(metavar="IN")]
@@ -297,12 +361,37 @@ class Adapt:
     """The new patch size."""
     depth: int | None = None
     """The new number of blocks."""
+    text_width: int | None = None
+    """The new width of text tokens."""
+    pooled_width: int | None = None
+    """The new width of the pooled text vector."""
     seed: int = 0
     """Seed of what starts fresh."""
     checkpoint: str | None = None
     """Of a run: a folder's name under checkpoints/ (default: the newest)."""
     overwrite: bool = False
     """Replace OUT."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Examine a recipe before it trains, on its real data, in seconds.
+
+    Example: smalti doctor emoji-32 --set data.path=my-pictures
+
+    Says what was found and skipped, how long captions are against what the encoder reads, how classes are spread, the
+    values that the network will see, whether guidance can work, what a step costs and how long the budget takes. Exits
+    with 1 where training would fail or be wasted.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """The recipe's name, such as emoji-32."""
+    set: tuple[str, ...] = ()
+    """Config fields as field=value, as for `smalti train`."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+    device: str = "cpu"
+    """Where it will be trained: cpu, cuda, cuda:1, mps."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +418,7 @@ class Completion:
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
+    "train-autoencoder": TrainAutoencoder,
     "sample": Sample,
     "eval": Eval,
     "explain": Explain,
@@ -337,6 +427,8 @@ COMMANDS: dict[str, type[Any]] = {
     "convert": Convert,
     "export": Export,
     "adapt": Adapt,
+    "data": Data,
+    "doctor": Doctor,
     "info": Info,
     "completion": Completion,
 }
@@ -351,5 +443,11 @@ Five minutes, from nothing to judged digits:
     smalti explain --steps 5             what did the solver do?
     smalti tune runs/mnist --budget 10   which settings suit ten network calls?
     smalti info runs/mnist               what is this model?
+
+From a folder of pictures with captions to pictures of a prompt:
+
+    smalti doctor folder --set data.path=my-pictures    will it work, how long will it take?
+    smalti train folder --set data.path=my-pictures     train a text-to-image MM-DiT -> runs/folder
+    smalti sample runs/folder --prompts "a red bicycle"
 
 `smalti COMMAND --help` teaches each command."""

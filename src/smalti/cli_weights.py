@@ -1,5 +1,6 @@
 """The commands that move weights between formats: convert, export, adapt."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -66,20 +67,22 @@ def adapt_command(command: Adapt) -> int:
     from smalti.interop.load import read_weights
     from smalti.interop.surgery import adapt, changed_fields
 
-    given = {
-        "num_classes": command.num_classes, "image_size": command.image_size, "patch_size": command.patch_size,
-        "depth": command.depth,
-    }  # fmt: skip
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    names = ("num_classes", "image_size", "patch_size", "depth", "text_width", "pooled_width")
+    changes = {name: value for name in names if (value := getattr(command, name)) is not None}
     if not changes:
-        raise UserError("give what to change: --num-classes, --image-size, --patch-size or --depth")
+        flags = [f"--{name.replace('_', '-')}" for name in names]
+        raise UserError(f"give what to change: {', '.join(flags[:-1])} or {flags[-1]}")
     old = read_weights(command.source, checkpoint=command.checkpoint)
     new, report = adapt(old, seed=command.seed, **changes)
     written = write_weights(new, command.out, "smalti", overwrite=command.overwrite)
     table = Table("tensor", "what became of it", "kept", title="; ".join(changed_fields(old.config, new.config)))
+    rows = {}
     for line in report:
-        if line.how != "kept" and not (line.how.startswith("block") and not line.name.endswith("attn.qkv.weight")):
-            table.add_row(line.name.removesuffix(".attn.qkv.weight"), line.how, f"{100 * line.kept:.0f} %")
+        if line.how != "kept":
+            block = re.match(r"\w+\.\d+", line.name)  # one row for all tensors of a block
+            rows[block[0] if block and line.how.startswith("block") else line.name] = line
+    for name, line in rows.items():
+        table.add_row(name, line.how, f"{100 * line.kept:.0f} %")
     Console(highlight=False, width=120).print(table)
     unchanged = sum(line.how == "kept" for line in report)
     print(f"{unchanged} tensors kept as they were")

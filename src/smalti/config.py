@@ -9,13 +9,20 @@ import difflib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from smalti.autoencoders.registry import AutoencoderConfig, Pixels
+from smalti.conditioning.captions import CaptionPolicy
+from smalti.conditioning.encoders import TextConfig
+from smalti.conditioning.prompted import check_text_width
+from smalti.conditioning.tiny import TinyTextConfig
+from smalti.data.sources import DataConfig
+from smalti.data.sources.digits import DigitsData
 from smalti.diffusion.objective import Objective, check_objective
 from smalti.diffusion.processes import make_process
 from smalti.diffusion.timesteps import LogitNormalTimesteps, TimestepDensity, check_density
 from smalti.models.dit import DiTConfig
-from smalti.models.registry import LabelledModelConfig, ModelConfig
+from smalti.models.registry import LabelledModelConfig, ModelConfig, TrainableModelConfig
 from smalti.optim.ema import EmaConfig, PowerEma
 from smalti.optim.optimizers import MuonConfig, OptimizerConfig
 from smalti.optim.schedule import Schedule
@@ -66,6 +73,26 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class BucketConfig:
+    """Pictures of near shapes share batches of one size. token_budget: most tokens of a size, 0: the network's own.
+
+    max_aspect: of the longer side to the shorter. step: sides are multiples of so many tokens.
+    """
+
+    kind: ClassVar[str] = "aspect"
+    token_budget: int = 0
+    max_aspect: float = 2.0
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if self.token_budget < 0 or self.max_aspect < 1 or self.step < 1:
+            raise UserError(
+                f"buckets: token_budget={self.token_budget} must not be negative, max_aspect={self.max_aspect} and "
+                f"step={self.step} must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How the run is sampled unless the caller says otherwise."""
 
@@ -93,11 +120,17 @@ class RunConfig:
     """Everything that defines a run. Written beside its weights as config.json."""
 
     recipe: str
-    data: Literal["digits"] = "digits"
+    data: DataConfig = field(default_factory=DigitsData)
+    buckets: BucketConfig | None = None  # sizes by aspect ratio in place of one; `--set buckets=aspect`
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
-    model: LabelledModelConfig = field(default_factory=DiTConfig)
+    model: TrainableModelConfig = field(default_factory=DiTConfig)
     initial_weights: str | None = None  # what smalti.load_backbone reads: a network of this very config to start from
+    autoencoder: AutoencoderConfig = field(
+        default_factory=Pixels
+    )  # what the network denoises: pixels, or whose latents
+    text: TextConfig | None = None  # the text encoder of a network that reads prompts
+    captions: CaptionPolicy = field(default_factory=CaptionPolicy)  # what a training step reads of them
     process: str = "rectified_flow"
     objective: Objective = field(default_factory=Objective)
     timesteps: TimestepDensity = field(default_factory=LogitNormalTimesteps)
@@ -107,23 +140,49 @@ class RunConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
+    @property
+    def num_classes(self) -> int:
+        """Classes that the network is told; 0 where it reads text or nothing."""
+        return self.model.num_classes if isinstance(self.model, LabelledModelConfig) else 0
+
     def __post_init__(self) -> None:
         process = make_process(self.process)  # raises for an unknown name
-        check_objective(self.objective, process)
+        check_objective(self.objective, process, getattr(self.model, "learn_sigma", False))
         check_density(self.timesteps, process)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} must lie in 0 .. 2^63 - 1")
-        if self.model.num_classes and self.model.num_classes < 10:
-            raise UserError(f"model.num_classes={self.model.num_classes}: the digits have 10 classes (or 0: none)")
-        if self.model.num_classes and self.loop.label_dropout and not getattr(self.model, "null_label", True):
+        if self.num_classes and self.loop.label_dropout and not getattr(self.model, "null_label", True):
             raise UserError(
                 f"model.null_label=False: loop.label_dropout={self.loop.label_dropout} needs the null label"
             )
-        if (self.model.in_channels, self.model.image_size) != (1, (28, 28)):
-            raise UserError(
-                f"model.in_channels={self.model.in_channels}, model.image_size={self.model.image_size}: "
-                "the digits are 1 channel of (28, 28)"
-            )
+
+
+def check_parts(config: RunConfig) -> None:
+    """Raise UserError where network, data and text encoder do not fit each other.
+
+    Apart from RunConfig's own checks, since overrides come one by one and two parts fit when both are set.
+    """
+    model, text = config.model, config.text
+    if isinstance(config.data, DigitsData) and isinstance(config.autoencoder, Pixels):
+        _check_digits(config)
+    if text is None:
+        if hasattr(model, "text_width"):
+            raise UserError(f"model={model.kind} reads text: set text=tiny, or another encoder")
+    elif not hasattr(model, "text_width"):
+        raise UserError(f"text={text.kind} has no effect: model={model.kind} reads no text")
+    elif isinstance(text, TinyTextConfig):
+        check_text_width(model, text.width)
+
+
+def _check_digits(config: RunConfig) -> None:
+    model = config.model
+    if config.num_classes and config.num_classes < 10:
+        raise UserError(f"model.num_classes={config.num_classes}: the digits have 10 classes (or 0: none)")
+    if (model.in_channels, model.image_size) != (1, (28, 28)):
+        raise UserError(
+            f"model.in_channels={model.in_channels}, model.image_size={model.image_size}: "
+            "the digits are 1 channel of (28, 28)"
+        )
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -131,6 +190,10 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     if get_origin(annotation) in (Union, types.UnionType):
         return tuple(a for a in get_args(annotation) if a is not type(None))
     return (annotation,)
+
+
+def _may_be_none(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
 
 
 def _dataclass_choices(annotation: Any) -> tuple[Any, ...]:
@@ -164,10 +227,12 @@ def flat_json(config: Any) -> dict[str, Any]:
 
 def _value_from_json(annotation: Any, value: Any, path: str) -> Any:
     choices = _dataclass_choices(annotation)
-    if choices:
+    if choices and not (value is None and _may_be_none(annotation)):
+        by_kind = {_kind(c): c for c in choices}
+        if isinstance(value, str) and value in by_kind:  # as "data": "digits" was written once
+            return by_kind[value]()
         if not isinstance(value, Mapping):
             raise UserError(f"{path} must be an object, not {value!r}")
-        by_kind = {_kind(c): c for c in choices}
         # A model's config that was written when there was only one architecture has no kind.
         kind = value.get("kind", _kind(choices[0]) if len(choices) == 1 or path == "model" else None)
         if kind not in by_kind:
@@ -201,13 +266,11 @@ def _leaf_paths(config: Any, prefix: str = "") -> dict[str, Any]:
     hints, paths = get_type_hints(type(config)), {}
     for f in fields(config):
         path = f"{prefix}{f.name}"
-        choices = _dataclass_choices(hints[f.name])
-        if choices:
-            if len(choices) > 1:
-                paths[path] = hints[f.name]
-            paths |= _leaf_paths(getattr(config, f.name), f"{path}.")
-        else:
+        choices, value = _dataclass_choices(hints[f.name]), getattr(config, f.name)
+        if len(choices) != 1 or _may_be_none(hints[f.name]):
             paths[path] = hints[f.name]
+        if choices and value is not None:
+            paths |= _leaf_paths(value, f"{path}.")
     return paths
 
 
@@ -218,10 +281,11 @@ def _unused_alternatives(config: Any) -> dict[str, tuple[str, str, str]]:
         for choice in _dataclass_choices(hints[f.name]):
             current = getattr(config, f.name)
             if not isinstance(current, choice):
+                now = "none" if current is None else _kind(type(current))
                 for inner in fields(choice):
                     path = f"{f.name}.{inner.name}"
                     others = f"{unused[path][2]} or " if path in unused else ""
-                    unused[path] = (f.name, _kind(type(current)), others + _kind(choice))
+                    unused[path] = (f.name, now, others + _kind(choice))
     return unused
 
 
@@ -304,13 +368,17 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             raise UserError(f"{path} is not set by --set: give {flag}")
         annotation = _leaf_paths(config)[path]
         by_kind = {_kind(c): c for c in _dataclass_choices(annotation)}
-        if by_kind and text not in by_kind:
+        if by_kind and text.lower() == "none" and _may_be_none(annotation):
+            value = None
+        elif by_kind and text not in by_kind:
             raise UserError(f"{path}={text!r} must be one of {', '.join(by_kind)}")
-        value = by_kind[text]() if by_kind else _parse(annotation, text, path)
+        else:
+            value = by_kind[text]() if by_kind else _parse(annotation, text, path)
         config = _replace_at(config, path.split("."), value)
         touched.append(path)
     for path in touched:
         _check_effect(config, path)
+    check_parts(config)
     return config
 
 

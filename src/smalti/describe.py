@@ -6,6 +6,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from smalti.conditioning.tiny import TinyTextConfig, TinyTextEncoder
 from smalti.config import RunConfig, flat_json
 from smalti.models.registry import build_model, count_parameters, forward_flops
 from smalti.recipes import recipe, recipe_names
@@ -23,8 +24,11 @@ def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
 def _model_tables(config: RunConfig) -> list[Table]:
     with torch.device("meta"):
         parts = count_parameters(build_model(config.model))
+        if isinstance(config.text, TinyTextConfig):
+            parts["text encoder"] = sum(count_parameters(TinyTextEncoder(config.text)).values())
     rows = [(name, f"{count:,}") for name, count in parts.items()] + [("total", f"{sum(parts.values()):,}")]
-    flops = forward_flops(config.model)
+    text_tokens = 0 if config.text is None else config.text.max_tokens
+    flops = forward_flops(config.model, text_tokens=text_tokens)
     cost = [
         ("forward", f"{flops / 1e6:,.1f} MFLOP a picture"),
         ("training step", f"{3 * flops * config.loop.batch_size / 1e9:,.1f} GFLOP at batch {config.loop.batch_size}"),

@@ -1,15 +1,19 @@
 """Tensors to pictures: PIL images and grids."""
 
 import math
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from smalti.data.digits import to_bytes, to_signed_unit
+from smalti.data.rows import to_bytes, to_signed_unit
 from smalti.types import UserError
+
+_LINE = 12  # pixels of a line of text
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -29,6 +33,22 @@ def grid_picture(images: Tensor, columns: int, zoom: int = 1, gap: int = 2) -> I
         canvas[top : top + height, left : left + width] = array
     picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+def captioned_grid(images: Tensor, captions: Sequence[str], columns: int, zoom: int = 3) -> Image.Image:
+    """Pictures in [-1, 1] side by side, `columns` a row, each with its caption below, in up to three lines."""
+    pictures = to_pil(images)
+    width, height, text_height = pictures[0].width * zoom, pictures[0].height * zoom, 3 * _LINE
+    gap, rows = 6, math.ceil(len(pictures) / columns)
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + text_height + gap) + gap), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(_LINE - 2)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = gap + i % columns * (width + gap), gap + i // columns * (height + text_height + gap)
+        canvas.paste(picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+        characters = max(8, int(width / pen.textlength("n", font)))
+        lines = textwrap.wrap(caption, characters, max_lines=3, placeholder="...")
+        pen.text((left, top + height + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+    return canvas
 
 
 def class_columns(num_classes: int, rows: int) -> Tensor:

@@ -1,10 +1,11 @@
 """From a run directory to pictures: load(path) -> Pipeline. Immutable, thread-safe, no hidden state."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,36 +13,46 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti import rng
+from smalti.autoencoders.protocol import Autoencoder
+from smalti.autoencoders.registry import load_autoencoder
+from smalti.conditioning.encoders import build_text_encoder
+from smalti.conditioning.prompted import PromptedNetwork
+from smalti.conditioning.tiny import CaptionTokenizer
 from smalti.config import RunConfig
+from smalti.data.latents import LatentStatistics
 from smalti.diffusion.denoiser import NetworkDenoiser
 from smalti.diffusion.prediction import usable_at_pure_noise
 from smalti.diffusion.processes import Process, make_process
 from smalti.diffusion.switch import SwitchedDenoiser
 from smalti.images import to_pil
 from smalti.interop.load import load_backbone
-from smalti.run_folder import read_config
+from smalti.pipeline_arguments import PromptEncoder, checked_seeds, to_move_away_from, wanted_pictures
+from smalti.run_folder import RunFolder, read_config
 from smalti.sampling.compiled import CompiledDenoiser, CompiledEstimate, compiled_estimate
 from smalti.sampling.editing import InpaintDenoiser, noised, strength_to_start
 from smalti.sampling.guidance import perturbed_attention
 from smalti.sampling.guided import GuidanceOptions, guide
 from smalti.sampling.plan import Plan, run_plan, run_plans
-from smalti.sampling.solvers import make_plan
+from smalti.sampling.solvers import check_option_names, make_plan
 from smalti.sampling.thresholding import ClippedDenoiser
 from smalti.types import Backbone, Condition, Denoiser, UserError
 
-_MAX_SEED = 2**63
+Value = TypeVar("Value")
+Decoder = Callable[[Tensor], Tensor]
+"""Latents as the network denoises them to pictures in [-1, 1]."""
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
     """What a pipeline call gives: the pictures and what made them.
 
-    tensor: [batch, channels, height, width] in [-1, 1]. seeds, class_labels, plans: one a picture.
+    tensor: [batch, channels, height, width] in [-1, 1]. seeds, class_labels, prompts, plans: one a picture.
     """
 
     tensor: Tensor
     seeds: tuple[int, ...]
     class_labels: tuple[int, ...] | None
+    prompts: tuple[str, ...] | None
     plans: tuple[Plan, ...]
 
     @cached_property
@@ -59,8 +70,8 @@ class PipelineOutput:
 class ImageRequest:
     """One picture of a mixed batch. None takes the run's default.
 
-    class_label: None for an unconditional network. solver_options: what Pipeline.plan takes beside the named fields,
-    such as {"eta": 1.0, "shift": 3.0}.
+    class_label or prompt: as the network takes, neither for an unconditional one. solver_options: what Pipeline.plan
+    takes beside the named fields, such as {"eta": 1.0, "shift": 3.0}.
     """
 
     class_label: int | None = None
@@ -70,6 +81,7 @@ class ImageRequest:
     spacing: str | None = None
     guidance_scale: float | None = None
     solver_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,11 +107,14 @@ class Editing:
 class Pipeline:
     """A trained network with its process and sampling defaults. Calls share nothing that changes.
 
-    sampled_process: the process to sample on, where it is not the one trained on (see diffusion.switch).
+    encode_prompts: for a network that reads text. decode: for one that denoises latents. sampled_process: the process
+    to sample on, where it is not the one trained on (see diffusion.switch).
     """
 
     backbone: Backbone
     config: RunConfig
+    encode_prompts: PromptEncoder | None = None
+    decode: Decoder | None = None
     compile: bool = False
     sampled_process: str | None = None
 
@@ -130,6 +145,7 @@ class Pipeline:
         solver_options: t_start, t_end, shift, times (the grid itself) and the solver's own, see sampling.make_plan.
         """
         defaults = self.config.sampling
+        check_option_names(solver or defaults.solver, solver_options)
         own_solver = solver is None or solver == defaults.solver
         gridded = solver_options.get("times") is not None
         steps = defaults.num_inference_steps if num_inference_steps is None and not gridded else num_inference_steps
@@ -151,24 +167,22 @@ class Pipeline:
         batch_size: int,
         guidance_scale: float | Tensor,
         guidance: GuidanceOptions | None = None,
-        negative_class_labels: Tensor | None = None,
+        negative: Condition | None = None,
     ) -> Denoiser:
         """The x0 estimator of batch_size samples: network, process switch, guidance (1 = off), clipping.
 
-        guidance_scale: a number or one a sample. negative_class_labels [batch]: what to move away from, in place of
-        the null label.
+        guidance_scale: a number or one a sample. negative: what to move away from, a row a sample, in place of the
+        network's null condition.
         """
         options = guidance or self.config.sampling.guidance
         trained = make_process(self.config.process)
         network = NetworkDenoiser(self.backbone, trained, self.config.objective.prediction_type)
         null = None
         if isinstance(guidance_scale, Tensor) or guidance_scale != 1.0:
-            null = self.backbone.null_condition(batch_size)
+            null = self._null_condition(batch_size) if negative is None else negative
             if null is None:
                 scale = guidance_scale if isinstance(guidance_scale, float | int) else "one a picture"
                 raise UserError(f"guidance_scale={scale}: this network is unconditional, only 1 makes sense")
-            if negative_class_labels is not None:
-                null = replace(null, class_labels=negative_class_labels)
         if self.compile and null is not None and not isinstance(guidance_scale, Tensor):
             # As a tensor the scale is an input of the compiled graph and not a constant in it.
             guidance_scale = torch.full((batch_size,), guidance_scale)
@@ -187,6 +201,7 @@ class Pipeline:
         self,
         class_labels: Sequence[int] | Tensor | None = None,
         *,
+        prompts: str | Sequence[str] | None = None,
         num_images: int | None = None,
         num_inference_steps: int | None = None,
         solver: str | None = None,
@@ -194,7 +209,9 @@ class Pipeline:
         guidance_scale: float | None = None,
         guidance: GuidanceOptions | None = None,
         negative_class_labels: Sequence[int] | Tensor | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         editing: Editing | None = None,
+        image_size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
         progress: Callable[[int, int], None] | None = None,
@@ -202,20 +219,27 @@ class Pipeline:
     ) -> PipelineOutput:
         """Draw pictures.
 
-        class_labels: one a picture; num_images instead for an unconditional network. guidance_scale: 1 = off; guidance:
-        interval, schedule and method; negative_class_labels: one for all or one a picture, in the null label's place.
-        editing: a picture to begin from, and what of it to keep. seed: an int (picture i takes seed + i) or one int a
-        picture; a picture depends on its own seed and label alone. batch_size: pictures that share a forward.
-        progress(done, total) is called after each batch. solver_options: as in plan(). What is None takes the run's
-        default. Raises UserError naming the argument.
+        class_labels: one a picture; prompts for a network that reads text, one a picture or one for num_images;
+        num_images alone for an unconditional network. guidance_scale: 1 = off; guidance: interval, schedule and method;
+        negative_class_labels, negative_prompt: one for all or one a picture, in place of the null label or prompt.
+        editing: a picture to begin from, and what of it to keep. image_size: height and width, for a network that takes
+        others than its own (of the latents, where it denoises latents). seed: an int (picture i takes seed + i) or one
+        int a picture; a picture depends on its own seed and label or prompt alone. batch_size: pictures that share a
+        forward. progress(done, total) is called after each batch. solver_options: as in plan(). What is None takes the
+        run's default. Raises UserError naming the argument.
         """
-        labels = self._labels(class_labels, num_images)
-        count = len(labels) if labels is not None else num_images or 0
-        seeds = self._seeds(seed, count)
+        num_classes, encode = self._num_classes, self.encode_prompts
+        wanted = wanted_pictures(class_labels, prompts, num_images, num_classes, encode)
+        count = wanted.count
+        seeds = checked_seeds(seed, count)
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
-        negative = self._negative_labels(negative_class_labels, count)
-        scale = self._scale(guidance_scale, labels is not None)
+        negative = to_move_away_from(negative_class_labels, negative_prompt, count, num_classes, encode)
+        scale = self._scale(guidance_scale, wanted.cond is not None)
+        if editing is not None:
+            if self.decode is not None:
+                raise UserError("editing: this network denoises latents, of which pictures cannot be edited yet")
+            _check_editing(editing, count)
         if editing is not None and editing.strength != 1.0:
             if solver_options.get("t_start") is not None:
                 raise UserError(
@@ -228,18 +252,16 @@ class Pipeline:
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
             row_seeds = torch.tensor(seeds[rows], device=self.device)
-            noise = self._noise(row_seeds)
-            cond = Condition(class_labels=labels[rows].to(self.device)) if labels is not None else None
-            row_negative = negative[rows].to(self.device) if negative is not None else None
-            denoiser = self.denoiser(len(row_seeds), scale, guidance, row_negative)
+            noise = self._noise(row_seeds, image_size)
+            cond = self._rows_of(wanted.cond, rows)
+            denoiser = self.denoiser(len(row_seeds), scale, guidance, self._rows_of(negative, rows))
             x = self._at_start(plan, noise, editing, rows)
             if editing is not None and editing.mask is not None:
                 denoiser = self._inpainting(denoiser, editing, rows, noise)
-            parts.append(run_plan(plan, denoiser, x, cond, row_seeds))
+            parts.append(self._pictures(run_plan(plan, denoiser, x, cond, row_seeds)))
             if progress is not None:
                 progress(rows.stop, count)
-        tensor = torch.cat(parts).clamp(-1, 1)
-        return PipelineOutput(tensor, seeds, tuple(labels.tolist()) if labels is not None else None, (plan,) * count)
+        return PipelineOutput(torch.cat(parts), seeds, wanted.class_labels, wanted.prompts, (plan,) * count)
 
     @torch.inference_mode()
     def mixed(
@@ -256,31 +278,32 @@ class Pipeline:
         """
         if not requests:
             raise UserError("requests is empty: give at least one")
-        given = [request.class_label for request in requests]
-        present = [label for label in given if label is not None]
-        if present and len(present) != len(given):
-            raise UserError("class_label is set in some requests and missing in others")
-        labels = self._labels(present or None, None if present else len(requests))
-        seeds = self._seeds([request.seed for request in requests], len(requests))
-        scales = torch.tensor([self._scale(r.guidance_scale, labels is not None) for r in requests], device=self.device)
+        labels = _all_or_none("class_label", [request.class_label for request in requests])
+        prompts = _all_or_none("prompt", [request.prompt for request in requests])
+        num_images = None if labels or prompts else len(requests)
+        wanted = wanted_pictures(labels, prompts, num_images, self._num_classes, self.encode_prompts)
+        seeds = checked_seeds([request.seed for request in requests], len(requests))
+        conditional = wanted.cond is not None
+        scales = torch.tensor([self._scale(r.guidance_scale, conditional) for r in requests], device=self.device)
         by_settings: dict[Any, Plan] = {}
         plans = []
         for r in requests:
             key = _plan_key(r)
             if key not in by_settings:
+                check_option_names(r.solver or self.config.sampling.solver, r.solver_options)
                 by_settings[key] = self.plan(r.num_inference_steps, r.solver, r.spacing, **r.solver_options)
             plans.append(by_settings[key])
         all_seeds = torch.tensor(seeds, device=self.device)
         noise = self._noise(all_seeds)
         x = torch.cat([self._at_start(plan, noise[i : i + 1], None, slice(i, i + 1)) for i, plan in enumerate(plans)])
-        cond = Condition(class_labels=labels.to(self.device)) if labels is not None else None
         guided = bool((scales != 1).any())
 
         def denoiser_for(rows: Tensor) -> Denoiser:
             return self.denoiser(len(rows), scales[rows] if guided else 1.0, guidance)
 
-        tensor = run_plans(plans, denoiser_for, x, cond, all_seeds, progress).clamp(-1, 1)
-        return PipelineOutput(tensor, seeds, tuple(labels.tolist()) if labels is not None else None, tuple(plans))
+        cond = self._rows_of(wanted.cond, slice(None))
+        tensor = self._pictures(run_plans(plans, denoiser_for, x, cond, all_seeds, progress))
+        return PipelineOutput(tensor, seeds, wanted.class_labels, wanted.prompts, tuple(plans))
 
     @cached_property
     def _compiled_estimate(self) -> CompiledEstimate:
@@ -291,9 +314,25 @@ class Pipeline:
         """Where the network's weights are."""
         return next(self.backbone.parameters()).device if isinstance(self.backbone, nn.Module) else torch.device("cpu")
 
-    def _noise(self, seeds: Tensor) -> Tensor:
+    @property
+    def _num_classes(self) -> int:
+        return int(getattr(self.config.model, "num_classes", 0))
+
+    def _null_condition(self, batch_size: int) -> Condition | None:
+        if self.encode_prompts is None:
+            return self.backbone.null_condition(batch_size)
+        empty = self.encode_prompts([""]).to(self.device)
+        return empty.map(lambda tensor: tensor.expand(batch_size, *tensor.shape[1:]))
+
+    def _rows_of(self, cond: Condition | None, rows: slice) -> Condition | None:
+        return None if cond is None else cond.map(lambda tensor: tensor[rows].to(self.device))
+
+    def _pictures(self, x: Tensor) -> Tensor:
+        return (x if self.decode is None else self.decode(x)).clamp(-1, 1)
+
+    def _noise(self, seeds: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
         model = self.config.model
-        shape = (model.in_channels, *model.image_size)
+        shape = (model.in_channels, *(image_size or model.image_size))
         return rng.normal(shape, seed=seeds, purpose="sampling/start", device=self.device)
 
     def _at_start(self, plan: Plan, noise: Tensor, editing: Editing | None, rows: slice) -> Tensor:
@@ -305,8 +344,11 @@ class Pipeline:
 
     def _known(self, editing: Editing, rows: slice, noise: Tensor) -> Tensor:
         image = editing.image.to(noise)
-        image = image[rows] if image.ndim == 4 else image[None]
-        if image.shape[1:] != noise.shape[1:] or image.shape[0] not in (1, len(noise)):
+        if image.ndim == 3:
+            image = image[None]
+        elif len(image) > 1:
+            image = image[rows]
+        if image.shape[1:] != noise.shape[1:]:
             raise UserError(
                 f"editing.image has shape {tuple(editing.image.shape)}, needed is {tuple(noise.shape[1:])} "
                 "or one such a picture"
@@ -326,48 +368,27 @@ class Pipeline:
             return self.config.sampling.guidance_scale if conditional else 1.0
         return float(guidance_scale)
 
-    def _negative_labels(self, given: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
-        if given is None:
-            return None
-        if not self.config.model.num_classes:
-            raise UserError("negative_class_labels has no effect: this network is unconditional")
-        labels = self._checked_labels("negative_class_labels", given)
-        if len(labels) not in (1, count):
-            raise UserError(f"negative_class_labels has {len(labels)} entries for {count} pictures: give 1 or {count}")
-        return labels.expand(count)
 
-    def _checked_labels(self, name: str, given: Sequence[int] | Tensor) -> Tensor:
-        """int64 [len(given)]. Raises UserError for labels that the network does not have."""
-        num_classes = self.config.model.num_classes
-        labels = torch.as_tensor(given).reshape(-1)
-        if labels.numel() == 0 or labels.is_floating_point():
-            raise UserError(f"{name}={labels.tolist()} must be one or more integers")
-        if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-            raise UserError(f"{name}={labels.tolist()} must lie in 0 .. {num_classes - 1}")
-        return labels.long()
+def _all_or_none(name: str, given: Sequence[Value | None]) -> list[Value] | None:
+    """What requests set where all do, None where none does. Raises UserError where only some do."""
+    present = [value for value in given if value is not None]
+    if present and len(present) != len(given):
+        raise UserError(f"{name} is set in some requests and missing in others")
+    return present or None
 
-    def _labels(self, class_labels: Sequence[int] | Tensor | None, num_images: int | None) -> Tensor | None:
-        num_classes = self.config.model.num_classes
-        if not num_classes:
-            if class_labels is not None:
-                raise UserError("class_labels has no effect: this network is unconditional; give num_images")
-            if num_images is None or num_images < 1:
-                raise UserError(f"num_images={num_images} must be at least 1 for an unconditional network")
-            return None
-        if class_labels is None:
-            raise UserError(f"class_labels is missing: one label of 0 .. {num_classes - 1} a picture")
-        labels = self._checked_labels("class_labels", class_labels)
-        if num_images is not None and num_images != len(labels):
-            raise UserError(f"num_images={num_images} contradicts the {len(labels)} class_labels")
-        return labels
 
-    def _seeds(self, seed: int | Sequence[int], count: int) -> tuple[int, ...]:
-        seeds = tuple(seed + i for i in range(count)) if isinstance(seed, int) else tuple(int(s) for s in seed)
-        if len(seeds) != count:
-            raise UserError(f"seed has {len(seeds)} entries for {count} pictures: give one each, or one int")
-        if any(not 0 <= s < _MAX_SEED for s in seeds):
-            raise UserError(f"seed={seed} must lie in 0 .. 2^63 - 1")
-        return seeds
+def _check_editing(editing: Editing, count: int) -> None:
+    """Raise UserError for an image or a mask that is not of count pictures (or one for all), and for NaN in the image.
+
+    What a picture's shape must be is checked where the noise is drawn, which has it.
+    """
+    for name, value in (("editing.image", editing.image), ("editing.mask", editing.mask)):
+        if value is not None and value.ndim == 4 and len(value) not in (1, count):
+            raise UserError(f"{name} has shape {tuple(value.shape)} for {count} pictures: give one, or one a picture")
+    if editing.image.ndim not in (3, 4):
+        raise UserError(f"editing.image has shape {tuple(editing.image.shape)}: needed is [channels, height, width]")
+    if not bool(torch.isfinite(editing.image).all()):
+        raise UserError("editing.image has entries that are NaN or infinite: needed are finite numbers")
 
 
 def _plan_key(request: ImageRequest) -> tuple[Any, ...]:
@@ -381,4 +402,51 @@ def load(path: str | Path, *, checkpoint: str | None = None, ema: bool = True, d
     """The Pipeline of a run directory, ready to be called from any thread. Arguments and errors as load_backbone's."""
     backbone = load_backbone(path, checkpoint=checkpoint, ema=ema).to(device)
     assert isinstance(backbone, Backbone)
-    return Pipeline(backbone, read_config(Path(path)))
+    config = read_config(Path(path))
+    folder = RunFolder(Path(path))
+    autoencoder = load_autoencoder(config.autoencoder, device)
+    decode = None if autoencoder is None else latent_decoder(autoencoder, read_statistics(folder.latents))
+    return Pipeline(backbone, config, prompt_encoder(config, backbone, folder), decode)
+
+
+def read_statistics(path: Path) -> LatentStatistics:
+    """The mean and standard deviation of a run's latents. Raises UserError where they are missing or damaged."""
+    try:
+        return LatentStatistics.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: without it latents cannot be decoded ({error})") from None
+
+
+def latent_decoder(autoencoder: Autoencoder, statistics: LatentStatistics) -> Decoder:
+    """Latents as a network sees them, of mean 0 and standard deviation 1 a channel, to pictures."""
+    return lambda latents: autoencoder.decode(statistics.denormalise(latents))
+
+
+def prompt_encoder(config: RunConfig, backbone: Backbone, folder: RunFolder) -> PromptEncoder | None:
+    """What encodes prompts for a run's network: its own text encoder or the pretrained ones; None where it reads none.
+
+    Raises UserError where the run's tokenizer is missing or a pretrained encoder is not to be had.
+    """
+    if config.text is None:
+        return None
+    if isinstance(backbone, PromptedNetwork):
+        return own_prompt_encoder(backbone, read_tokenizer(folder))
+    assert isinstance(backbone, nn.Module)
+    return build_text_encoder(config.text, next(backbone.parameters()).device)
+
+
+def read_tokenizer(folder: RunFolder) -> CaptionTokenizer:
+    """The tokenizer of a run's own text encoder. Raises UserError where it is missing or damaged."""
+    if not folder.tokenizer.is_file():
+        raise UserError(f"{folder.tokenizer} is missing: without it the run's text encoder cannot read prompts")
+    return CaptionTokenizer(folder.tokenizer.read_text())
+
+
+def own_prompt_encoder(network: PromptedNetwork, tokenizer: CaptionTokenizer) -> PromptEncoder:
+    """Prompts to the condition that the text encoder trained along with the network makes of them."""
+
+    @torch.inference_mode()
+    def encode(prompts: Sequence[str]) -> Condition:
+        return network.encode(tokenizer.encode(prompts).to(next(network.parameters()).device))
+
+    return encode

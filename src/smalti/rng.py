@@ -20,6 +20,7 @@ _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_WITHOUT_FLOAT64 = ("mps",)  # kinds of device
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -71,9 +72,9 @@ def random_words(
     return stacked.reshape(rows, -1)[:, :count]
 
 
-def widest_float(device: torch.device) -> torch.dtype:
-    """float64, or float32 on mps, which has no float64: what random numbers are made in, and times t kept in."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def widest_float(device: torch.device | str) -> torch.dtype:
+    """float64, or float32 on mps, which has no float64: what random numbers, times t and angles are computed in."""
+    return torch.float32 if torch.device(device).type in _WITHOUT_FLOAT64 else torch.float64
 
 
 def uniform(

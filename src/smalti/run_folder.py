@@ -2,11 +2,14 @@
 
 config.json       everything that defines the run          checkpoints/      see checkpoint.py
 run.json          how, where and when it was trained        samples/          grids drawn while training
+tokenizer.json    of a run that reads prompts               latents.json      of a run on latents: their mean and std
 metrics.jsonl     losses; the same bytes for the same run   samples.png       the newest grid
 timing.jsonl      images a second, seconds                  tensorboard/      the same for TensorBoard
 """
 
 import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,16 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of the run's own text encoder."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def latents(self) -> Path:
+        """Mean and standard deviation of the latents that the run was trained on."""
+        return self.path / "latents.json"
 
     @property
     def ems(self) -> Path:
@@ -72,11 +85,25 @@ class RunFolder:
         return self.path / "failure"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def finite_json(body: Any) -> Any:
+    """A JSON body with null in the place of each float that is not finite, which JSON has no word for."""
+    if isinstance(body, dict):
+        return {name: finite_json(value) for name, value in body.items()}
+    if isinstance(body, list | tuple):
+        return [finite_json(value) for value in body]
+    return None if isinstance(body, float) and not math.isfinite(body) else body
+
+
 def write_json(path: Path, body: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(body, indent=2) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(finite_json(body), indent=2, allow_nan=False) + "\n")
 
 
 def read_config(path: Path) -> RunConfig:
@@ -109,3 +136,10 @@ def read_record(folder: RunFolder) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return body if isinstance(body, dict) else {}
+
+
+def cache_folder() -> Path:
+    """Where smalti keeps what it can make again: $SMALTI_CACHE, or smalti/ in the user's cache folder."""
+    explicit = os.environ.get("SMALTI_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    return Path(explicit) if explicit else Path(base) / "smalti"

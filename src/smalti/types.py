@@ -19,7 +19,7 @@ class UserError(ValueError):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a registry: says which names are near and which exist."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return UserError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
 
@@ -30,7 +30,8 @@ class Condition:
 
     class_labels: int64 [batch]. text_embeds: [batch, tokens, width]. text_mask: bool [batch, tokens].
     pooled_embeds: [batch, width]. guidance: [batch], for networks that are fed a distilled guidance scale.
-    micro_conditions: [batch, values], sizes, crops and scores as SDXL and aMUSEd take them.
+    micro_conditions: [batch, values], sizes, crops and scores as SDXL and aMUSEd take them. token_ids: int64
+    [batch, tokens], a prompt that the network itself encodes (conditioning/prompted.py); text_mask then is theirs.
     """
 
     class_labels: Tensor | None = None
@@ -39,6 +40,7 @@ class Condition:
     pooled_embeds: Tensor | None = None
     guidance: Tensor | None = None
     micro_conditions: Tensor | None = None
+    token_ids: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same condition with change(tensor) in place of each field that is set."""

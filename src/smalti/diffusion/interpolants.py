@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smalti.diffusion.process import Process
+from smalti.rng import widest_float
 from smalti.types import UserError
 
 _BISECTIONS = 64  # halvings of [0, 1] down to float64's precision
@@ -138,8 +139,8 @@ class Interpolant(Process):
         return torch.where(torch.isfinite(slope), slope, inside)
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """By bisection in float64."""
-        target = log_snr.double()
+        """By bisection, in float64 where the device has it."""
+        target = log_snr.to(widest_float(log_snr.device))
         low, high = torch.zeros_like(target), torch.ones_like(target)
         at_data, at_noise = target >= self.log_snr(low), target <= self.log_snr(high)
         for _ in range(_BISECTIONS):

@@ -14,8 +14,11 @@ from smalti.diffusion.prediction import (
     prediction_row,
     training_target,
     usable_at_pure_noise,
+    x0_from_output,
 )
 from smalti.diffusion.process import Process
+from smalti.diffusion.variance_preserving import VPDiscrete
+from smalti.diffusion.variational_bound import variational_bound
 from smalti.types import Backbone, Condition, UserError
 
 
@@ -25,19 +28,35 @@ class Objective:
 
     uniform, sigma_sqrt and cosmap weigh the error of the output, min_snr and edm that of x0 (see loss_weight).
     min_snr_gamma caps the weight of nearly clean samples at gamma in x0 terms (Hang et al. 2023, eq. 8).
+    vlb_weight: of the variational bound, by which a network learns the variance of its steps; 0.001 is the paper's
+    (Nichol and Dhariwal 2021, eq. 16), 0 leaves the variance untrained.
     """
 
     prediction_type: PredictionType = "velocity"
     weighting: Literal["uniform", "min_snr", "sigma_sqrt", "cosmap", "edm"] = "uniform"
     min_snr_gamma: float = field(default=5.0, metadata={"only_if": ("weighting", ("min_snr",))})
+    vlb_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.vlb_weight < math.inf:
+            raise UserError(f"objective.vlb_weight={self.vlb_weight} must be at least 0 and finite")
         if self.min_snr_gamma <= 0:
             raise UserError(f"objective.min_snr_gamma={self.min_snr_gamma} must be above 0")
 
 
-def check_objective(objective: Objective, process: Process) -> None:
-    """Raise UserError where the prediction does not say what x0 is at the noise that sampling starts from."""
+def check_objective(objective: Objective, process: Process, learns_variance: bool = False) -> None:
+    """Raise UserError where the prediction does not say what x0 is at the noise that sampling starts from, and for a
+    variational bound of a network without variances or of a process without steps."""
+    if objective.vlb_weight > 0 and not learns_variance:
+        raise UserError(
+            f"objective.vlb_weight={objective.vlb_weight} has no effect on this network, which learns no variance: "
+            "set model.learn_sigma=true before it, or leave it at 0"
+        )
+    if objective.vlb_weight > 0 and not isinstance(process, VPDiscrete):
+        raise UserError(
+            f"objective.vlb_weight={objective.vlb_weight} is for a process of steps, such as 'vp_linear_discrete'; "
+            f"the process is {process.name!r}: leave it at 0"
+        )
     at_start = process.alpha(torch.tensor(process.t_max, dtype=torch.float64))
     if float(at_start) == 0.0 and not usable_at_pure_noise(objective.prediction_type):
         raise UserError(
@@ -86,16 +105,23 @@ def per_sample_loss(
     t: Tensor,
     cond: Condition | None,
 ) -> Tensor:
-    """Weighted mean squared error of each sample's output, [batch].
+    """Weighted mean squared error of each sample's output, [batch]; with vlb_weight the variational bound beside it.
 
-    x0, eps: [batch, channels, ...]. t: [batch] in (0, 1), float64. Source: Ho et al. 2020, eq. 14, in any prediction.
+    x0, eps: [batch, channels, ...]. t: [batch] in (0, 1), float64. Source: Ho et al. 2020, eq. 14, in any prediction;
+    Nichol and Dhariwal 2021, eq. 16, where the bound trains the variances alone.
     """
     x = noisy_input(process, t, x0, eps)
     target = training_target(objective.prediction_type, process, t, x0, eps)
     scaled = x * per_sample(input_scale(objective.prediction_type, process, t), x)
-    output = backbone(scaled, process.network_time(t).to(x.dtype), cond)[:, : x0.shape[1]]
+    output, logits = backbone(scaled, process.network_time(t).to(x.dtype), cond).tensor_split([x0.shape[1]], dim=1)
     squared_error = (output - target).square().flatten(1).mean(dim=1)
-    return squared_error * loss_weight(objective, process, t).to(squared_error.dtype)
+    loss = squared_error * loss_weight(objective, process, t).to(squared_error.dtype)
+    if objective.vlb_weight == 0:
+        return loss
+    assert isinstance(process, VPDiscrete)  # check_objective
+    assert logits.shape == x0.shape
+    estimate = x0_from_output(objective.prediction_type, process, t, x, output.detach())
+    return loss + objective.vlb_weight * variational_bound(process, t, x0, estimate, logits)
 
 
 def loss_by_timestep_bin(losses: Tensor, t: Tensor, bins: int = 8) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smalti.diffusion.process import Process
+from smalti.rng import widest_float
 
 
 class _VariancePreserving(Process):
@@ -148,28 +149,32 @@ class VPDiscrete(_VariancePreserving):
         """The first step."""
         return 1.0 / self.steps
 
+    def _table_for(self, like: Tensor) -> Tensor:
+        """ln alpha of each step, on the device of like."""
+        return self._log_alphas.to(like.device, widest_float(like.device))
+
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The node to the left of t, and the position past it in steps."""
-        position = t.double() * self.steps
+        position = t.to(widest_float(t.device)) * self.steps
         left = position.floor().clamp(0, self.steps - 1).long()
         return left, position - left
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """Interpolated in the table."""
-        table = self._log_alphas.to(t.device)
+        table = self._table_for(t)
         left, past = self._segment(t)
         return (table[left] + (table[left + 1] - table[left]) * past).to(t.dtype)
 
     def log_alpha_dot(self, t: Tensor) -> Tensor:
         """Slope of the segment."""
-        table = self._log_alphas.to(t.device)
+        table = self._table_for(t)
         left, _ = self._segment(t)
         return ((table[left + 1] - table[left]) * self.steps).to(t.dtype)
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         """By bisection in the table."""
-        table = self._log_alphas.to(log_snr.device)
-        log_alpha = _log_alpha_of(log_snr.double())
+        table = self._table_for(log_snr)
+        log_alpha = _log_alpha_of(log_snr.to(table))
         right = torch.searchsorted(-table, -log_alpha).clamp(1, self.steps)
         fraction = (log_alpha - table[right - 1]) / (table[right] - table[right - 1])
         return ((right - 1 + fraction) / self.steps).clamp(0, 1).to(log_snr.dtype)
@@ -196,7 +201,7 @@ class VPZeroSNR(VPDiscrete):
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """Interpolated in the table; the logarithm of a linear alpha in the last segment."""
-        table = self._log_alphas.to(t.device)
+        table = self._table_for(t)
         left, past = self._segment(t)
         falling = table[left] + torch.log1p(-past)
         return torch.where(left == self.steps - 1, falling.to(t.dtype), super().log_alpha(t))
@@ -215,8 +220,8 @@ class VPZeroSNR(VPDiscrete):
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         """By bisection in the table; by alpha in the last segment."""
-        before_last = self._log_alphas[-2].to(log_snr.device)
-        log_alpha = _log_alpha_of(log_snr.double())
+        before_last = self._table_for(log_snr)[-2]
+        log_alpha = _log_alpha_of(log_snr.to(before_last))
         past = -torch.expm1(log_alpha - before_last)
         falling = ((self.steps - 1 + past) / self.steps).to(log_snr.dtype)
         return torch.where(log_alpha < before_last, falling, super().t_of_log_snr(log_snr))

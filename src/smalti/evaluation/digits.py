@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from smalti.data.digits import load_digits, to_signed_unit
+from smalti.data.digits import load_digits
+from smalti.data.rows import to_signed_unit
 from smalti.evaluation.frechet import Estimate, bootstrap, frechet_distance
 from smalti.evaluation.judge import held_out_accuracy, judge_features, load_judge
 from smalti.pipeline import load
-from smalti.run_folder import RunFolder, write_json
+from smalti.run_folder import RunFolder, finite_json, write_json
 from smalti.sampling.guided import GuidanceOptions
 from smalti.types import UserError
 
@@ -76,10 +77,12 @@ def evaluate_run(
     if num_images < 100:
         raise UserError(f"num_images={num_images} must be at least 100: the distance needs its covariances")
     pipe = load(run, checkpoint=checkpoint)
-    if pipe.config.model.num_classes != 10:
+    if pipe.config.num_classes != 10:
         raise UserError(f"{run} is not conditional on the ten digits: nothing to judge")
     if process is not None:
         pipe = pipe.on_process(process)
+    # Before the judge, which may have to be trained: a mistake in the settings shows at once.
+    pipe.plan(num_inference_steps, solver, spacing, **solver_options)
     judge = load_judge(progress=progress)
     training_rows, held_out = load_digits()
     labels = torch.arange(num_images) % 10
@@ -112,5 +115,5 @@ def evaluate_run(
         guidance_scale=pipe.config.sampling.guidance_scale if guidance_scale is None else guidance_scale,
         guidance=guidance or pipe.config.sampling.guidance,
     )
-    write_json(RunFolder(run).path / "evaluation.json", asdict(report))
+    write_json(RunFolder(run).path / "evaluation.json", finite_json(asdict(report)))
     return report

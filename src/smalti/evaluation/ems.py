@@ -33,10 +33,10 @@ def estimate_run_ems(
     """
     pipe = load(run, checkpoint=checkpoint)
     pictures, _ = load_digits()
-    if not 2 <= num_images <= len(pictures):
-        raise UserError(f"num_images={num_images} must lie in 2 .. {len(pictures)}, the training digits")
-    x0, labels = pictures.rows(rng.permutation(len(pictures), seed=seed, purpose="ems/rows")[:num_images])
-    conditional = pipe.config.model.num_classes > 0
+    if not 3 <= num_images <= len(pictures):
+        raise UserError(f"num_images={num_images} must lie in 3 .. {len(pictures)}, the training digits")
+    x0, labels = pictures.labelled(rng.permutation(len(pictures), seed=seed, purpose="ems/rows")[:num_images])
+    conditional = pipe.config.num_classes > 0
     scale = guidance_scale
     if scale is None:
         scale = pipe.config.sampling.guidance_scale if conditional else 1.0

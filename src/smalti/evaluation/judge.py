@@ -6,15 +6,16 @@ distance. Seconds on a CPU, and nothing to download.
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti import rng
-from smalti.data.digits import LabelledPictures, load_digits, to_signed_unit
+from smalti.data.digits import load_digits
 from smalti.data.order import batch_indices
+from smalti.data.rows import PicturesInMemory, to_signed_unit
+from smalti.run_folder import cache_folder
 
 FEATURE_WIDTH = 64
 _VERSION = 1  # of what is cached: raise it with any change to the network, its training or its data
@@ -79,7 +80,7 @@ def train_judge(seed: int = 0, progress: Callable[[int, int], None] | None = Non
     optimizer = torch.optim.AdamW(judge.parameters(), lr=_LEARNING_RATE, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
     for step in range(steps):
-        images, labels = training_rows.rows(batch_indices(step, _BATCH_SIZE, len(training_rows), seed))
+        images, labels = training_rows.labelled(batch_indices(step, _BATCH_SIZE, len(training_rows), seed))
         loss = F.cross_entropy(judge(distort(images, step, seed)), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -97,17 +98,11 @@ def judge_features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     return features, judge.classifier(features).argmax(dim=1)
 
 
-def held_out_accuracy(judge: Judge, held_out: LabelledPictures) -> float:
+def held_out_accuracy(judge: Judge, held_out: PicturesInMemory) -> float:
     """Share of held-out rows that the judge reads right."""
+    assert held_out.class_labels is not None
     _, predicted = judge_features(judge, to_signed_unit(held_out.images))
     return float((predicted == held_out.class_labels).float().mean())
-
-
-def cache_folder() -> Path:
-    """Where smalti keeps what it can make again: $SMALTI_CACHE, or smalti/ in the user's cache folder."""
-    explicit = os.environ.get("SMALTI_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    return Path(explicit) if explicit else Path(base) / "smalti"
 
 
 def load_judge(progress: Callable[[int, int], None] | None = None) -> Judge:

@@ -3,6 +3,8 @@
 Every setting draws the same labels from the same seeds, so that settings differ by themselves and not by their luck.
 """
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,11 +15,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from smalti.data.digits import load_digits, to_signed_unit
+from smalti.data.digits import load_digits
+from smalti.data.rows import to_signed_unit
 from smalti.evaluation.frechet import frechet_distance
 from smalti.evaluation.judge import Judge, judge_features, load_judge
 from smalti.pipeline import Pipeline, load
-from smalti.run_folder import RunFolder, write_json
+from smalti.run_folder import RunFolder, finite_json, write_json
 from smalti.types import UserError
 
 _FIRST_IMAGES = 100  # samples of every setting in the first round; each round keeps a third and doubles them
@@ -170,7 +173,7 @@ def tune_run(
     if num_images < _FIRST_IMAGES:
         raise UserError(f"num_images={num_images} must be at least {_FIRST_IMAGES}: the distance needs its covariances")
     pipe = load(run, checkpoint=checkpoint)
-    if pipe.config.model.num_classes != 10:
+    if pipe.config.num_classes != 10:
         raise UserError(f"{run} is not conditional on the ten digits: nothing to judge")
     judge = load_judge()
     real = judge_features(judge, to_signed_unit(load_digits()[1].images))[0].double().numpy()
@@ -212,8 +215,31 @@ def tune_run(
         raise UserError(f"budget={budget}: no solver of the search runs on process {pipe.process.name!r} with it")
     folder = RunFolder(run).path
     body = {name: [asdict(s) for s in scores] for name, scores in (("frontier", frontier), ("tried", tried))}
-    write_json(folder / "tune.json", {"own": asdict(own), **body})
+    write_json(folder / "tune.json", finite_json({"own": asdict(own), **body}))
     return TuneResult(own, tuple(frontier), tuple(tried), plot_frontier(own, frontier, tried, folder / "tune.png"))
+
+
+def read_tune(run: Path) -> TuneResult:
+    """What tune_run wrote into a run. Raises UserError where there is nothing, or something else."""
+    folder = RunFolder(run).path
+    path, picture = folder / "tune.json", folder / "tune.png"
+    try:
+        body = json.loads(path.read_text())
+        scores = {name: tuple(_score_from(row) for row in body[name]) for name in ("frontier", "tried")}
+        return TuneResult(_score_from(body["own"]), **scores, picture=picture if picture.exists() else None)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: `smalti tune {run}` writes it") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
+
+
+def _score_from(row: dict[str, Any]) -> Score:
+    """A score from its JSON, where null is a sampler that diverged: infinitely far."""
+    setting = dict(row["setting"])
+    setting["guidance_interval"] = tuple(setting["guidance_interval"])
+    setting["solver_options"] = tuple((name, value) for name, value in setting["solver_options"])
+    frechet = math.inf if row["frechet"] is None else float(row["frechet"])
+    return Score(**{**row, "setting": Setting(**setting), "frechet": frechet})
 
 
 def _own_setting(pipe: Pipeline) -> Setting:

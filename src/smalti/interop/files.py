@@ -1,6 +1,5 @@
 """Reading and writing tensor files: safetensors (one or sharded) and PyTorch's pickles, nothing of them executed."""
 
-import hashlib
 import json
 import pickle
 from collections.abc import Mapping
@@ -12,21 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smalti.data.fingerprint import tensor_digest
 from smalti.types import UserError
 
 _INDEX = ".safetensors.index.json"
 WEIGHTS = "diffusion_pytorch_model"  # the stem that diffusers gives a network's files
 _CHECKSUM = "smalti_sha256"
 _MAX_SHARD_BYTES = 10 * 2**30  # as diffusers splits
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the tensors' bytes in order of name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -43,7 +34,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             digest = (file.metadata() or {}).get(_CHECKSUM)
     except (SafetensorError, ValueError, KeyError, OSError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    if digest is not None and digest != _digest(tensors):
+    if digest is not None and digest != tensor_digest(tensors):
         raise UserError(f"{path} is damaged: its checksum does not match")
     broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if broken:
@@ -133,6 +124,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(plain, path, metadata={"format": "pt", _CHECKSUM: _digest(plain)})
+        save_file(plain, path, metadata={"format": "pt", _CHECKSUM: tensor_digest(plain)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from None

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
+from smalti.conditioning.prompted import PromptedNetwork
+from smalti.conditioning.tiny import TinyTextConfig, TinyTextEncoder
 from smalti.config import model_from_json, to_json
 from smalti.interop.files import read_folder, read_pickle, read_safetensors, write_safetensors
 from smalti.interop.formats import format_of_class, original_of_tensors
@@ -28,13 +30,16 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 class Weights:
     """A network as read from somewhere: our config, our state dict, and the prefix that its file put before each name.
 
-    source: "smalti", "diffusers" or an original format's name.
+    source: "smalti", "diffusers" or an original format's name. text, text_tensors: the text encoder that a run trained
+    along with the network.
     """
 
     config: ModelConfig
     tensors: dict[str, Tensor]
     source: str
     prefix: str = ""
+    text: TinyTextConfig | None = None
+    text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def _our_shapes(config: ModelConfig) -> dict[str, Tensor]:
@@ -58,7 +63,13 @@ def _read_run(folder: Path, checkpoint: str | None, ema: bool) -> Weights:
         older = [f.name for f in list_checkpoints(run.checkpoints) if f.name < chosen.name]
         hint = f"; an older one is there: pass checkpoint={older[-1]!r}" if older else ""
         raise CheckpointError(f"{error}{hint}") from None
-    return Weights(config.model, tensors, "smalti")
+    if not isinstance(config.text, TinyTextConfig):
+        return Weights(config.model, tensors, "smalti")
+    network, text = (
+        {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+        for part in ("network.", "text.")
+    )
+    return Weights(config.model, network, "smalti", text=config.text, text_tensors=text)
 
 
 def _checkpoint_folder(run: RunFolder, name: str | None) -> Path:
@@ -192,7 +203,7 @@ def load_backbone(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Our network with the weights of source, in eval mode.
+    """Our network with the weights of source, in eval mode; a PromptedNetwork from a run that trained a text encoder.
 
     source: a smalti run or a network written by `smalti convert`; a diffusers folder, or a pipeline's whose
     transformer/ or unet/ it takes; an instance of a diffusers class; a file of an original repository (.safetensors
@@ -207,7 +218,11 @@ def load_backbone(
     weights = read_weights(source, checkpoint=checkpoint, ema=ema, config=config)
     with torch.device("meta"):
         model = network_of(weights.config)
+        text = None if weights.text is None else TinyTextEncoder(weights.text)
     # Copies where the tensors are another module's own: two networks must not share what one of them may train.
     tensors = {k: v.clone() for k, v in weights.tensors.items()} if isinstance(source, nn.Module) else weights.tensors
     model.load_state_dict(tensors, assign=True)
+    if text is not None:
+        text.load_state_dict(weights.text_tensors, assign=True)
+        model = PromptedNetwork(model, text)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -193,18 +193,38 @@ class DiT(nn.Module):
             raise UserError("class_labels is missing: this network is class-conditional")
         return c_BD + self.label_embed(cond.class_labels)  # type: ignore[no-any-return]
 
+    def _positions_of(self, height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
+        """(added to the tokens, rotating queries and keys): the tables of the config's size, or made for another."""
+        config = self.config
+        if (height, width) == config.image_size:
+            return self.positions_ND, self.rope_2NK
+        if height % config.patch_size or width % config.patch_size:
+            raise UserError(f"input size {height}x{width} must divide by model.patch_size={config.patch_size}")
+        if config.positions == "learned":
+            raise UserError(f"input size {height}x{width}: positions are learned for {config.image_size} alone")
+        rows, columns = height // config.patch_size, width // config.patch_size
+        device = self.output.weight.device
+        added = sincos_grid(config.width, rows, columns).to(device) if "sincos" in config.positions else None
+        rope = rope_angles_2d(config.width // config.num_heads, rows, columns) if "rope" in config.positions else None
+        return added, None if rope is None else rope.to(device)
+
     def forward(
         self, x: Float[Tensor, "B C height width"], t: Float[Tensor, " B"], cond: Condition | None = None
     ) -> Float[Tensor, "B out height width"]:
-        """Noisy pictures [B, C, height, width] at network time t [B] to raw output [B, out_channels, height, width]."""
-        height, width = self.config.image_size
+        """Noisy pictures [B, C, height, width] at network time t [B] to raw output [B, out_channels, height, width].
+
+        Raises UserError for a size that does not divide into patches, or another than the config's where positions are
+        learned.
+        """
+        height, width = x.shape[-2:]
+        positions_ND, rope_2NK = self._positions_of(height, width)
         x_BND = self.patch_embed(patchify(x, self.config.patch_size))
-        if self.positions_ND is not None:
-            x_BND = x_BND + self.positions_ND
+        if positions_ND is not None:
+            x_BND = x_BND + positions_ND
         c_BD = self.embed_condition(t, cond)
         modulation_BMD = self.modulation(F.silu(c_BD)).view(x.shape[0], -1, self.config.width)
         for i, block in enumerate(self.blocks):
-            x_BND = block(x_BND, modulation_BMD[:, 6 * i : 6 * i + 6], self.rope_2NK)
+            x_BND = block(x_BND, modulation_BMD[:, 6 * i : 6 * i + 6], rope_2NK)
         shift_BD, scale_BD = modulation_BMD[:, -2:].unbind(1)
         x_BNP = self.output(modulate(x_BND, shift_BD[:, None], scale_BD[:, None], _NORM_EPS))
         return unpatchify(x_BNP, self.config.patch_size, height, width)

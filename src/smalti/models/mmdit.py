@@ -6,16 +6,17 @@ in each block's joint attention; a pooled text vector joins the time in the modu
 
 Shapes: B batch, C channels in, N image tokens, M text tokens, S = M + N of both, D width, P values of a patch.
 
-Initialisation            here (the paper does not say; DiT's)
-    Linear                xavier uniform, zero bias
-    patch embedding       xavier uniform as a matrix
-    time and pooled MLPs  N(0, 0.02)
-    modulations           zero: each block is the identity
-    output                zero: the network starts at 0
+Initialisation            published (the paper does not say; DiT's)      wide
+    Linear                xavier uniform, zero bias                      the same
+    patch embedding       xavier uniform as a matrix                     the same
+    time and pooled MLPs  N(0, 0.02)                                     N(0, 1 / sqrt(inputs))
+    modulations           zero: each block is the identity               the same
+    output                zero: the network starts at 0                  the same
+"wide" lets the prompt speak from the first step, as in dit.py.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ class MMDiTConfig:
     position_grid: int = 192  # rows and columns of the position table: the largest input, in tokens
     qk_norm: bool = False
     dual_attention_blocks: tuple[int, ...] = ()  # blocks with a second attention among the image's tokens alone
+    initialisation: Literal["published", "wide"] = "published"
 
     def __post_init__(self) -> None:
         counts = ("in_channels", "patch_size", "width", "depth", "num_heads", "text_width", "pooled_width")
@@ -121,7 +123,8 @@ class MMDiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for embedder in (self.time_embed, self.pooled_embed):
             for layer in (embedder.fc1, embedder.fc2):
-                nn.init.normal_(layer.weight, std=0.02, generator=generator)
+                std = layer.in_features**-0.5 if self.config.initialisation == "wide" else 0.02
+                nn.init.normal_(layer.weight, std=std, generator=generator)
         modulations = [layer for name, layer in self.named_modules() if name.endswith("modulation")]
         for layer in (*modulations, self.output):
             assert isinstance(layer, nn.Linear)

@@ -21,7 +21,7 @@ from smalti.models.video_dit import VideoDiT, VideoDiTConfig
 from smalti.models.zimage import ZImage, ZImageConfig
 from smalti.types import unknown_name
 
-# The union of all config_types below, and of those that recipes train (image_size, in_channels, num_classes).
+# The union of all config_types below; those that recipes train (image_size, in_channels), told a label or a text.
 ModelConfig = (
     DiTConfig
     | UViTConfig
@@ -37,6 +37,8 @@ ModelConfig = (
     | ZImageConfig
 )
 LabelledModelConfig = DiTConfig | UViTConfig | UNetConfig
+TextModelConfig = MMDiTConfig | PixArtConfig | SanaConfig
+TrainableModelConfig = LabelledModelConfig | TextModelConfig
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,9 @@ class UViT(nn.Module):
         t runs over 0 .. 999 (the published latent networks with discrete time: 1 .. 1000). cond: class_labels.
         Raises UserError where the network has classes and neither labels nor a null label are given.
         """
-        height, width = self.config.image_size
+        height, width = x.shape[-2:]
+        if (height, width) != self.config.image_size:
+            raise UserError(f"input size {height}x{width}: positions are learned for {self.config.image_size} alone")
         patches_BND = self.patch_embed(patchify(x, self.config.patch_size))
         x_BND = torch.cat([self.embed_condition(t, cond), patches_BND], dim=1) + self.positions_ND
         skips = []

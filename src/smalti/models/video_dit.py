@@ -42,6 +42,7 @@ from smalti.nn.positions import (
     sincos_positions_2d,
     spread_over_grid,
 )
+from smalti.rng import widest_float
 from smalti.types import Condition, UserError
 
 _QK_NORM_EPS = 1e-6
@@ -122,7 +123,7 @@ class VideoDiTConfig:
 
 def _resized_positions(size: int, start: int, stop: int, device: torch.device) -> Float[Tensor, " size"]:
     # `stop (n - 1) / n`, not `stop - (stop - start) / n`: so diffusers' pipelines have it, and checkpoints were tuned.
-    return torch.linspace(start, stop * (size - 1) / size, size, dtype=torch.float64, device=device)
+    return torch.linspace(start, stop * (size - 1) / size, size, dtype=widest_float(device), device=device)
 
 
 def rotary_axes(
@@ -134,9 +135,9 @@ def rotary_axes(
     Source: diffusers' CogVideoX pipelines, get_resize_crop_region_for_grid.
     """
     frames, rows, columns = grid
-    time = torch.arange(frames, dtype=torch.float64, device=device)
+    time = torch.arange(frames, dtype=widest_float(device), device=device)
     if config.patch_frames is not None:
-        y, x = (torch.arange(size, dtype=torch.float64, device=device) for size in (rows, columns))
+        y, x = (torch.arange(size, dtype=widest_float(device), device=device) for size in (rows, columns))
         return time, y, x
     _, base_rows, base_columns = config.training_grid
     if rows / columns > base_rows / base_columns:
@@ -155,7 +156,7 @@ def sincos_positions_3d(
     config: VideoDiTConfig, grid: tuple[int, int, int], device: torch.device
 ) -> Float[Tensor, "N D"]:
     """The fixed table of CogVideoX-2B: a quarter of each row speaks of the frame, the rest of row and column."""
-    time, y, x = (torch.arange(size, dtype=torch.float64, device=device) for size in grid)
+    time, y, x = (torch.arange(size, dtype=widest_float(device), device=device) for size in grid)
     temporal = sincos_positions_1d(config.width // 4, time / config.temporal_interpolation)
     spatial = sincos_positions_2d(
         3 * config.width // 4, y / config.spatial_interpolation, x / config.spatial_interpolation

@@ -30,7 +30,7 @@ from smalti.nn.attention import RMSNorm, SelfAttention, attention_flops
 from smalti.nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from smalti.nn.feedforward import FeedForward, feedforward_flops
 from smalti.nn.positions import rope_angles, rope_grid
-from smalti.types import Condition, UserError
+from smalti.types import Condition, UserError, required_field
 
 _TOKEN_MULTIPLE = 32  # both sequences are filled up to a multiple of this
 _QK_NORM_EPS = 1e-5
@@ -188,19 +188,19 @@ class ZImage(nn.Module):
         UserError for a missing caption, for sides that do not divide by patch_size, and past config.rope_lengths.
         """
         config = self.config
-        if cond is None or cond.text_embeds is None:
-            raise UserError("text_embeds is missing: this network is conditioned on captions")
+        text_BMI = required_field(cond, "text_embeds")
+        mask_BM = None if cond is None else cond.text_mask
         height, width = x.shape[2:]
         if height % config.patch_size or width % config.patch_size:
             raise UserError(f"x of {height} x {width}: both sides must divide by model.patch_size={config.patch_size}")
         grid = (height // config.patch_size, width // config.patch_size)
-        images, captions = padded_length(grid[0] * grid[1]), padded_length(cond.text_embeds.shape[1])
+        images, captions = padded_length(grid[0] * grid[1]), padded_length(text_BMI.shape[1])
         if any(size > limit for size, limit in zip((captions + 2, *grid), config.rope_lengths, strict=True)):
             raise UserError(
                 f"a caption of {captions} tokens and a picture of {grid[0]} x {grid[1]} patches are past "
                 f"model.rope_lengths={config.rope_lengths}"
             )
-        mask_BM, seen_BM, seen_BN = cond.text_mask, None, None  # without a mask every token is seen
+        seen_BM, seen_BN = None, None  # without a mask every token is seen
         if mask_BM is None:
             places_M, length = torch.arange(1, captions + 1, device=x.device), torch.tensor(captions, device=x.device)
             rope_2NK = rope_of(grid, places_M, length, config.rope_widths, config.rope_theta)
@@ -221,7 +221,7 @@ class ZImage(nn.Module):
         x_BND = filled_up(self.patch_embed(patches), self.image_padding)
         for block, (scales, gates) in zip(self.noise_refiner, modulations[: config.refiner_depth], strict=True):
             x_BND = block(x_BND, rope_2NK[..., :images, :], None, scales, gates)
-        c_BMD = self.embed_caption(cond.text_embeds, mask_BM)
+        c_BMD = self.embed_caption(text_BMI, mask_BM)
         for block in self.context_refiner:
             c_BMD = block(c_BMD, rope_2NK[..., images:, :], seen_BM)
         x_BND = torch.cat([x_BND, c_BMD], dim=1)

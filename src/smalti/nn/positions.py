@@ -1,8 +1,8 @@
 """Positions: fixed sin-cos tables that are added to tokens, and rotary angles that turn queries and keys.
 
-Shapes: N tokens, A axes, D width, K head width. Tables are float32, their angles are taken in float64. They are built
-on the CPU unless told otherwise, also under `torch.device("meta")`: a network built there gets its weights by
-assignment, and its tables must be real.
+Shapes: N tokens, A axes, D width, K head width. Tables are float32, their angles are taken in float64 where the device
+has it. They are built on the CPU unless told otherwise, also under `torch.device("meta")`: a network built there gets
+its weights by assignment, and its tables must be real.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from smalti.rng import widest_float
+
 
 def grid_positions(*sizes: int, device: torch.device | str = "cpu") -> Float[Tensor, "N A"]:
-    """The integer coordinates of a grid's points in row-major order, float64: (row, column) or (frame, row, column)."""
-    axes = [torch.arange(size, dtype=torch.float64, device=device) for size in sizes]
+    """The integer coordinates of a grid's points in row-major order: (row, column) or (frame, row, column)."""
+    axes = [torch.arange(size, dtype=widest_float(device), device=device) for size in sizes]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(sizes))
 
 
@@ -22,10 +24,9 @@ def sincos_positions_1d(
     width: int, positions_N: Shaped[Tensor, " N"], max_period: float = 10000.0
 ) -> Float[Tensor, "N D"]:
     """[sin p w | cos p w] with w_i = max_period^(-2 i / width). width must divide by 2."""
-    frequencies = max_period ** (
-        -torch.arange(width // 2, dtype=torch.float64, device=positions_N.device) / (width // 2)
-    )
-    angles = positions_N.double()[:, None] * frequencies
+    wide = widest_float(positions_N.device)
+    frequencies = max_period ** (-torch.arange(width // 2, dtype=wide, device=positions_N.device) / (width // 2))
+    angles = positions_N.to(wide)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
@@ -76,10 +77,10 @@ def rope_angles(
     Axis a turns axis_widths[a] features of a head, pair k of them by p_a theta^(-2 k / axis_widths[a]); the widths sum
     to the head's. Source: Su et al. 2021 (RoFormer), eq. 15, on several axes as in FLUX.
     """
-    angles = []
+    angles, wide = [], widest_float(positions_NA.device)
     for axis, width in enumerate(axis_widths):
-        pairs = torch.arange(width // 2, dtype=torch.float64, device=positions_NA.device)
-        angles.append(positions_NA[..., axis].double()[..., None] * theta ** (-2 * pairs / width))
+        pairs = torch.arange(width // 2, dtype=wide, device=positions_NA.device)
+        angles.append(positions_NA[..., axis].to(wide)[..., None] * theta ** (-2 * pairs / width))
     angles_NK = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
     return torch.stack([angles_NK.cos(), angles_NK.sin()]).float()
 

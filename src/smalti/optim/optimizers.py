@@ -62,6 +62,8 @@ class MuonConfig:
 
 OptimizerConfig = AdamWConfig | MuonConfig
 
+_BLOCKS = ("blocks.", "network.blocks.", "text.blocks.")  # what the names of the matrices inside blocks begin with
+
 
 def _check_learning_rate(name: str, value: float) -> None:
     if value <= 0:
@@ -141,7 +143,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(config: OptimizerConfig, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """The optimisers of a run by name. Muon takes the matrices whose names begin with "blocks.".
+    """The optimisers of a run by name. Muon takes the matrices inside the blocks, a prompted network's and its text's.
 
     A network without such matrices, as a U-Net, has AdamW alone, with MuonConfig's adamw_learning_rate.
     """
@@ -157,7 +159,7 @@ def build_optimizers(config: OptimizerConfig, model: nn.Module) -> dict[str, tor
                 fused=fused,
             )
         }
-    matrices = {name: p for name, p in named if name.startswith("blocks.") and p.ndim == 2}
+    matrices = {name: p for name, p in named if name.startswith(_BLOCKS) and p.ndim == 2}
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in matrices.items() if name.endswith("qkv.weight")], "pieces": 3},
         {"params": [p for name, p in matrices.items() if not name.endswith("qkv.weight")]},

@@ -4,9 +4,17 @@ from collections.abc import Callable
 
 from smalti.config import RunConfig
 from smalti.recipes.digits import mnist, mnist_ddpm
+from smalti.recipes.pictures import emoji_32, emoji_64_latent, fashion, folder
 from smalti.types import unknown_name
 
-_RECIPES: dict[str, Callable[[], RunConfig]] = {"mnist": mnist, "mnist-ddpm": mnist_ddpm}
+_RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "mnist": mnist,
+    "mnist-ddpm": mnist_ddpm,
+    "fashion": fashion,
+    "emoji-32": emoji_32,
+    "emoji-64-latent": emoji_64_latent,
+    "folder": folder,
+}
 
 
 def recipe_names() -> list[str]:

@@ -73,6 +73,8 @@ class InpaintDenoiser(WrappedDenoiser):
     def __post_init__(self) -> None:
         if self.known.ndim < 3:
             raise UserError(f"known has shape {tuple(self.known.shape)}, needed is [batch, channels, ...]")
+        if not bool(torch.isfinite(self.known).all()):
+            raise UserError("known has entries that are NaN or infinite: needed are finite numbers")
         if self.noise.shape != self.known.shape:
             shape = tuple(self.known.shape)
             raise UserError(f"noise has shape {tuple(self.noise.shape)}, that of known is needed: {shape}")

@@ -160,7 +160,7 @@ def _log_snr_range(process: Process, t_start: float | None, t_end: float | None)
 
 
 def _sums(probe: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over a batch: of v Jv and its square [2, *shape], of q = (y, x0, dx0/dlambda), of q q^T. Each float64."""
+    """Sums over a batch: of v Jv and its square [2, *shape], of q = (y, x0, dx0/dlambda), of q q^T. In widest_float."""
     probes = torch.stack([probe.sum(0), probe.square().sum(0)])
     return probes, q.sum(1), torch.einsum("ib...,jb...->ij...", q, q)
 
@@ -168,7 +168,7 @@ def _sums(probe: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _at(process: Process, log_snr: float, like: Tensor) -> tuple[Tensor, float]:
     """t, one a row of like [batch, ...], and alpha at lambda."""
     t = process.t_of_log_snr(torch.tensor([log_snr], dtype=torch.float64))
-    return t.to(like.device).repeat(len(like)), float(process.alpha(t))
+    return t.to(like.device, rng.widest_float(like.device)).repeat(len(like)), float(process.alpha(t))
 
 
 def _rate(
@@ -217,7 +217,8 @@ def _measure(
     y = x0 + math.exp(-log_snr) * z
     guess, along_probe, *_ = torch.func.jvp(lambda x: denoiser(x, t, cond), (alpha * y,), (v,))
     rate = _rate(denoiser, process, log_snr, ends, y, guess, cond)
-    return (v * along_probe).double() * alpha, torch.stack([y, guess, rate]).double()
+    wide = rng.widest_float(x0.device)
+    return (v * along_probe).to(wide) * alpha, torch.stack([y, guess, rate]).to(wide)
 
 
 def estimate_ems(
@@ -277,7 +278,7 @@ def estimate_ems(
                     totals[k] = tuple(total + part for total, part in zip(totals[k], sums, strict=True))
                 if progress is not None:
                     progress(i * len(nodes) + k + 1, len(batches) * len(nodes))
-    probes, means, products = (torch.stack(values).cpu() / len(x0) for values in zip(*totals, strict=True))
+    probes, means, products = (torch.stack(values).cpu().double() / len(x0) for values in zip(*totals, strict=True))
     m = probes[:, 0]
     if shrink:
         noise = (probes[:, 1] - m.square()).clamp(min=0) / (len(x0) - 1)

@@ -160,7 +160,10 @@ def _nodes(kind: _Spacing, process: Process, start: float, end: float, intervals
 
 def explicit_grid(times: Sequence[float]) -> Times:
     """Times given by hand as a grid: at least two, falling strictly, within [0, 1]. Raises UserError otherwise."""
-    grid = np.array(times, dtype=np.float64)
+    try:
+        grid = np.array(times, dtype=np.float64)
+    except (TypeError, ValueError):
+        grid = np.zeros(0)
     if grid.ndim != 1 or len(grid) < 2 or not np.all(np.diff(grid) < 0.0) or grid[0] > 1.0 or grid[-1] < 0.0:
-        raise UserError(f"times={list(times)} must be two or more numbers that fall strictly within [0, 1]")
+        raise UserError(f"times={times!r} must be two or more numbers that fall strictly within [0, 1]")
     return grid

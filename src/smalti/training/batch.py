@@ -1,22 +1,29 @@
 """What a training step reads: rows, noise, timesteps and dropped labels, all addressed by (seed, step, slot)."""
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from smalti import rng
+from smalti.conditioning.captions import FIRST_CAPTIONS, pick_captions
 from smalti.config import RunConfig
-from smalti.data.digits import LabelledPictures
+from smalti.data.buckets import bucket_batch
 from smalti.data.order import batch_indices
+from smalti.data.rows import TrainingRows
 from smalti.diffusion.process import Process
 from smalti.diffusion.timesteps import stratify, trained_span
+from smalti.pipeline_arguments import PromptEncoder
 from smalti.types import Condition
+
+_VALIDATION_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Batch:
-    """x0, eps: [batch, channels, height, width]. t: float64 [batch]. cond: labels, some of them the null label."""
+    """x0, eps: [batch, channels, height, width]. t: float64 [batch]. cond: labels or captions, some of them dropped."""
 
     x0: Tensor
     eps: Tensor
@@ -24,31 +31,88 @@ class Batch:
     cond: Condition | None
 
 
-def training_batch(config: RunConfig, process: Process, rows: LabelledPictures, step: int) -> Batch:
-    """The batch of a step (0, 1, ...), on the device of rows; a function of (config.seed, step) alone."""
+def _rows_of_step(config: RunConfig, buckets: Sequence[TrainingRows], step: int) -> tuple[TrainingRows, Tensor]:
+    """(the bucket of a step, its rows int64 [batch])."""
     size, seed = config.loop.batch_size, config.seed
-    device = rows.images.device
+    if len(buckets) == 1:
+        return buckets[0], batch_indices(step, size, len(buckets[0]), seed)
+    number, indices = bucket_batch(step, size, [len(rows) for rows in buckets], seed)
+    return buckets[number], indices
+
+
+def training_batch(
+    config: RunConfig,
+    process: Process,
+    buckets: Sequence[TrainingRows],
+    step: int,
+    encode_captions: PromptEncoder | None = None,
+) -> Batch:
+    """The batch of a step (0, 1, ...), on the device of rows; a function of (config.seed, step) alone.
+
+    buckets: the rows of each size; a batch has rows of one. encode_captions: of a network that reads text, captions to
+    the fields of a condition.
+    """
+    size, seed = config.loop.batch_size, config.seed
+    rows, indices = _rows_of_step(config, buckets, step)
+    x0 = rows.read(indices, step)
+    device = x0.device
     slots = torch.arange(size, device=device)
-    indices = batch_indices(step, size, len(rows), seed).to(device)
-    x0, labels = rows.rows(indices)
     eps = rng.normal(tuple(x0.shape[1:]), seed=seed, purpose="train/noise", index=slots, call=step, device=device)
     u = rng.uniform((2,), seed=seed, purpose="train/timestep", index=slots, call=step, device=device)
     share = stratify(u[:, 0], slots, size) if config.loop.stratified_timesteps else u[:, 0]
     t = config.timesteps(share, process)
-    if not config.model.num_classes:
+    if encode_captions is not None:
+        assert rows.captions is not None
+        captions = pick_captions(rows.captions, indices, slots, seed, step, config.captions)
+        return Batch(x0, eps, t, encode_captions(captions).to(device))
+    labels = _labels(config, rows, indices)
+    if labels is None:
         return Batch(x0, eps, t, None)
     dropped = u[:, 1] < config.loop.label_dropout
-    return Batch(x0, eps, t, Condition(class_labels=torch.where(dropped, config.model.num_classes, labels)))
+    return Batch(x0, eps, t, Condition(class_labels=torch.where(dropped, config.num_classes, labels.to(device))))
 
 
-def validation_batch(config: RunConfig, process: Process, rows: LabelledPictures) -> Batch:
-    """Held-out rows at fixed t, evenly spread, with fixed noise and true labels: the same in every run of a process."""
-    device = rows.images.device
-    count = min(256, len(rows))
-    slots = torch.arange(count, device=device)
-    x0, labels = rows.rows(slots)
-    eps = rng.normal(tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots, device=device)
+def validation_batches(
+    config: RunConfig,
+    process: Process,
+    buckets: Sequence[TrainingRows],
+    encode_captions: PromptEncoder | None = None,
+) -> Iterator[Batch]:
+    """Held-out rows at fixed t, evenly spread, with fixed noise and true labels or first captions: the same in every
+    run of a process. A batch for each bucket, by its share of the rows."""
+    total, first = sum(len(rows) for rows in buckets), 0
+    for rows in buckets:
+        count = min(math.ceil(_VALIDATION_ROWS * len(rows) / total), len(rows))
+        yield _validation_batch(config, process, rows, torch.arange(count), first, encode_captions)
+        first += count
+
+
+def _validation_batch(
+    config: RunConfig,
+    process: Process,
+    rows: TrainingRows,
+    indices: Tensor,
+    first: int,
+    encode_captions: PromptEncoder | None,
+) -> Batch:
+    """Rows with the noise and the t of the slots from `first` on."""
+    x0 = rows.read(indices)
+    device, slots = x0.device, indices + first
+    eps = rng.normal(tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots.to(device), device=device)
     # 0.618...: neighbours in row order get far-apart t, so that classes and t do not go together.
     t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)
-    cond = Condition(class_labels=labels) if config.model.num_classes else None
-    return Batch(x0, eps, t, cond)
+    t = t.to(device, rng.widest_float(device))
+    if encode_captions is not None:
+        assert rows.captions is not None
+        captions = pick_captions(rows.captions, indices, slots, 0, 0, FIRST_CAPTIONS)
+        return Batch(x0, eps, t, encode_captions(captions).to(device))
+    labels = _labels(config, rows, indices)
+    return Batch(x0, eps, t, None if labels is None else Condition(class_labels=labels.to(device)))
+
+
+def _labels(config: RunConfig, rows: TrainingRows, indices: Tensor) -> Tensor | None:
+    """Class labels of rows, where the network is told them."""
+    if not config.num_classes:
+        return None
+    assert rows.class_labels is not None
+    return rows.class_labels[indices.to(rows.class_labels.device)]

@@ -8,9 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,20 +20,25 @@ from safetensors.torch import save_file
 
 import smalti
 from smalti.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, prune_checkpoints
-from smalti.config import Budget, RunConfig, flat_json
-from smalti.data.digits import LabelledPictures, load_digits
+from smalti.conditioning.prompted import PromptedNetwork
+from smalti.config import Budget, RunConfig, check_parts, flat_json
+from smalti.data.rows import TrainingRows
 from smalti.diffusion.objective import loss_by_timestep_bin, per_sample_loss
 from smalti.diffusion.processes import Process, make_process
 from smalti.images import class_columns, grid_picture
 from smalti.optim.schedule import learning_rate_factor
-from smalti.pipeline import Pipeline
+from smalti.pipeline import Decoder, Pipeline, own_prompt_encoder
+from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, read_config, read_record, write_config, write_json
-from smalti.training.batch import Batch, training_batch, validation_batch
+from smalti.training.batch import Batch, training_batch, validation_batches
+from smalti.training.data import caption_features, kept_tokenizer, open_run_data, pretrained_encoder, report_skipped
 from smalti.training.display import TrainingDisplay, terminal_display
 from smalti.training.forward import compile_blocks, missing_for_compilation, product_precision, repays_compilation
 from smalti.training.metrics import MetricLogs, truncate_log
 from smalti.training.state import TrainingState, new_state, restore_state, save_state
 from smalti.types import Backbone, UserError
+
+_PREVIEW_COLUMNS = 8  # of a grid without classes
 
 Outcome = str  # "finished", "interrupted"
 
@@ -52,12 +57,12 @@ class TrainingResult:
     seconds: float
 
 
-def budget_progress(budget: Budget, state: TrainingState, batch_size: int, num_rows: int) -> float:
-    """Share of the budget that is spent, in [0, 1]."""
+def budget_progress(budget: Budget, step: int, seconds: float, batch_size: int, num_rows: int) -> float:
+    """Share of the budget that is spent after so many steps and seconds, in [0, 1]."""
     if budget.unit == "minutes":
-        return min(1.0, state.seconds / (60 * budget.amount))
+        return min(1.0, seconds / (60 * budget.amount))
     steps = budget.amount if budget.unit == "steps" else budget.amount * num_rows / batch_size
-    return min(1.0, state.step / math.ceil(steps))
+    return min(1.0, step / math.ceil(steps))
 
 
 @contextmanager
@@ -128,22 +133,45 @@ def train(
     with the same bytes of weights, averages and metrics. With a budget in minutes the schedule follows the clock.
     Raises UserError for the caller's mistakes, TrainingDiverged for a loss that is not finite, OSError for a full disk.
     """
-    state = new_state(config, torch.device(device))  # before the folder: initial weights may not be to be had
-    folder = prepare_folder(config, out, resume=resume, overwrite=overwrite)
-    training_rows, held_out_rows = (_to_device(rows, device) for rows in load_digits())
+    # All that may be the caller's mistake comes before the folder is made.
+    check_parts(config)
     display = display or terminal_display()
+    data = open_run_data(config, torch.device(device), out if resume else None)
+    state = new_state(config, torch.device(device))
+    text_encoder = pretrained_encoder(config, state.device)
+    folder = prepare_folder(config, out, resume=resume, overwrite=overwrite)
+    if data.statistics is not None:
+        write_json(folder.latents, data.statistics.to_json())
+    report_skipped(data, display)
+    encode_captions: PromptEncoder | None = None
+    encode_prompts: PromptEncoder | None = text_encoder
+    if text_encoder is not None:
+        encode_captions = caption_features(config, data, text_encoder)
+    tokenizer = kept_tokenizer(config, data.training, folder)
+    if tokenizer is not None:
+        assert isinstance(state.average, PromptedNetwork)
+        encode_captions, encode_prompts = tokenizer.encode, own_prompt_encoder(state.average, tokenizer)
     truncate_log(folder.metrics, _restore_newest(state, folder, display) if resume else 0)
     _write_record(folder, config, state, "running")
     process = make_process(config.process)
     with _stop_requests() as stop, MetricLogs(folder, state.step) as logs, display:
-        run = _Run(config, folder, process, state, logs, display, training_rows, held_out_rows)
+        training, held_out = ([rows.to(device) for rows in part] for part in (data.training, data.held_out))
+        run = _Run(
+            config,
+            folder,
+            process,
+            state,
+            logs,
+            display,
+            training,
+            held_out,
+            encode_captions,
+            encode_prompts,
+            data.decode,
+        )
         outcome = run.until_done(stop)
     _write_record(folder, config, state, outcome)
     return TrainingResult(folder, outcome, state.step, state.seconds)
-
-
-def _to_device(rows: LabelledPictures, device: str) -> LabelledPictures:
-    return LabelledPictures(rows.images.to(device), rows.class_labels.to(device))
 
 
 def _restore_newest(state: TrainingState, folder: RunFolder, display: TrainingDisplay) -> int:
@@ -192,8 +220,11 @@ class _Run:
     state: TrainingState
     logs: MetricLogs
     display: TrainingDisplay
-    training_rows: LabelledPictures
-    held_out_rows: LabelledPictures
+    training_rows: Sequence[TrainingRows]  # a bucket for each size
+    held_out_rows: Sequence[TrainingRows]
+    encode_captions: PromptEncoder | None = None  # captions to what a training step feeds the network
+    encode_prompts: PromptEncoder | None = None  # prompts to what the averaged network is sampled with
+    decode: Decoder | None = None
 
     def until_done(self, stop: threading.Event) -> Outcome:
         """Steps until the budget is spent or a stop is asked for; saves at the end either way."""
@@ -231,7 +262,8 @@ class _Run:
         return "finished"
 
     def _progress(self) -> float:
-        return budget_progress(self.config.budget, self.state, self.config.loop.batch_size, len(self.training_rows))
+        budget, size, state = self.config.budget, self.config.loop.batch_size, self.state
+        return budget_progress(budget, state.step, state.seconds, size, sum(map(len, self.training_rows)))
 
     def _seconds_left(self, progress: float, window: list[float]) -> float:
         budget = self.config.budget
@@ -255,7 +287,7 @@ class _Run:
         config, state, network = self.config, self.state, self.state.model
         assert isinstance(network, Backbone)
         factor = learning_rate_factor(config.schedule, state.step, progress)
-        batch = training_batch(config, self.process, self.training_rows, state.step)
+        batch = training_batch(config, self.process, self.training_rows, state.step, self.encode_captions)
         with product_precision(config.loop, state.device):
             losses = per_sample_loss(network, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond)
         loss = losses.mean()
@@ -279,8 +311,9 @@ class _Run:
         """Keep the batch and the weights that met it, then stop."""
         self.folder.failure.mkdir(exist_ok=True)
         tensors = {"x0": batch.x0, "eps": batch.eps, "t": batch.t}
-        if batch.cond is not None and batch.cond.class_labels is not None:
-            tensors["class_labels"] = batch.cond.class_labels
+        if batch.cond is not None:
+            given = {f.name: getattr(batch.cond, f.name) for f in fields(batch.cond)}
+            tensors |= {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
         save_file(tensors, self.folder.failure / "batch.safetensors")
         save_file(self.state.model.state_dict(), self.folder.failure / "model.safetensors")
         if self.state.weights_are_finite():
@@ -295,11 +328,15 @@ class _Run:
     @torch.inference_mode()
     def _validate(self) -> None:
         config, average = self.config, self.state.average
-        batch = validation_batch(config, self.process, self.held_out_rows)
         assert isinstance(average, Backbone)
-        losses = per_sample_loss(average, self.process, config.objective, batch.x0, batch.eps, batch.t, batch.cond)
+        batches = list(validation_batches(config, self.process, self.held_out_rows, self.encode_captions))
+        if not batches:
+            return
+        losses = torch.cat(
+            [per_sample_loss(average, self.process, config.objective, b.x0, b.eps, b.t, b.cond) for b in batches]
+        )
         loss = losses.mean().item()
-        means, counts = loss_by_timestep_bin(losses, batch.t)
+        means, counts = loss_by_timestep_bin(losses, torch.cat([b.t for b in batches]))
         per_bin = {
             f"validation_loss_t{i}": mean
             for i, (mean, count) in enumerate(zip(means.tolist(), counts.tolist(), strict=True))
@@ -311,10 +348,12 @@ class _Run:
     def _draw(self) -> None:
         """A grid of samples from the averaged weights; fixed seeds, so that grids compare."""
         assert isinstance(self.state.average, Backbone)
-        pipeline = Pipeline(self.state.average, self.config)
-        num_classes = self.config.model.num_classes
-        columns = num_classes or 10
-        if num_classes:
+        pipeline = Pipeline(self.state.average, self.config, self.encode_prompts, self.decode)
+        num_classes = self.config.num_classes
+        columns = num_classes or _PREVIEW_COLUMNS
+        if self.encode_prompts is not None:
+            tensor = pipeline(prompts=self._preview_prompts(), seed=0).tensor
+        elif num_classes:
             tensor = pipeline(class_columns(num_classes, 4), seed=0).tensor
         else:
             tensor = pipeline(num_images=4 * columns, seed=0).tensor
@@ -325,6 +364,15 @@ class _Run:
         picture.save(self.folder.newest_grid)
         self.logs.write_picture(self.state.step, np.asarray(picture))
         self.display.picture(str(path))
+
+    def _preview_prompts(self) -> list[str]:
+        """First captions of rows spread over the data; they are written beside the grids, in the grids' order."""
+        captions = [row[0] for rows in self.training_rows for row in rows.captions or () if row]
+        count = min(4 * _PREVIEW_COLUMNS, len(captions))
+        prompts = [captions[i * len(captions) // count] for i in range(count)]
+        self.folder.previews.mkdir(exist_ok=True)
+        (self.folder.previews / "prompts.txt").write_text("\n".join(prompts) + "\n")
+        return prompts
 
     def _save(self) -> Path:
         path = save_state(self.state, self.folder.checkpoints, {"metrics_bytes": self.logs.metrics_size()})

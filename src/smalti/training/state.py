@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from smalti.checkpoint import Checkpoint, save_checkpoint
+from smalti.conditioning.prompted import PromptedNetwork, build_prompted_network
+from smalti.conditioning.tiny import TinyTextConfig
 from smalti.config import RunConfig, flat_json
 from smalti.interop.load import read_weights
 from smalti.models.registry import build_model
@@ -46,9 +48,15 @@ class TrainingState:
         return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
 
 
+def _new_network(config: RunConfig) -> nn.Module:
+    if isinstance(config.text, TinyTextConfig):
+        return build_prompted_network(config.model, config.text, config.seed)
+    return build_model(config.model, config.seed)
+
+
 def new_state(config: RunConfig, device: torch.device) -> TrainingState:
     """The state before the first step. Raises UserError for initial weights of another network."""
-    model = build_model(config.model, config.seed)
+    model = _new_network(config)
     if config.initial_weights is not None:
         weights = read_weights(config.initial_weights)
         if weights.config != config.model:
@@ -58,7 +66,8 @@ def new_state(config: RunConfig, device: torch.device) -> TrainingState:
                 f"initial_weights={config.initial_weights}: its {name} is {theirs.get(name)}, this run's is "
                 f"{ours.get(name)}; `smalti adapt` changes classes, size, patch and depth"
             )
-        model.load_state_dict(weights.tensors)
+        network = model.network if isinstance(model, PromptedNetwork) else model
+        network.load_state_dict(weights.tensors)
     model = model.to(device)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     return TrainingState(model, average, build_optimizers(config.optimizer, model))

@@ -6,9 +6,10 @@ back to first order, whose coefficients stay finite.
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, Literal, get_type_hints
 
 import torch
 
@@ -26,7 +27,7 @@ from smalti.sampling.solvers.singlestep import dpm_solver_1, dpm_solver_2, dpm_s
 from smalti.sampling.solvers.unipc import unipc_2, unipc_3
 from smalti.types import UserError, unknown_name
 
-__all__ = ["SolverEntry", "make_plan", "solver_entry", "solver_names"]
+__all__ = ["SolverEntry", "check_option_names", "make_plan", "solver_entry", "solver_names"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class SolverEntry:
     last_step_size: float | None = None  # length of the last step into t = 0, where the solver has its own
 
 
+_GRID_OPTIONS = ("t_start", "t_end", "shift", "times")  # of every solver, beside num_inference_steps and spacing
 _FINAL = ("lower_order_final",)
 _CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 _SIT = ("diffusion", "diffusion_scale", "last_step", "last_step_size")
@@ -127,18 +129,44 @@ def solver_entry(name: str) -> SolverEntry:
     return _SOLVERS[name]
 
 
-def _check_options(name: str, entry: SolverEntry, options: dict[str, Any]) -> None:
+def check_option_names(solver: str, options: Iterable[str]) -> None:
+    """Raise UserError for an option that is neither the solver's own nor one of the time grid (_GRID_OPTIONS).
+
+    For callers that take options as names and values, where another argument's name would else be given twice.
+    """
+    own = solver_entry(solver).options
+    for option in options:
+        if option not in (*own, *_GRID_OPTIONS):
+            near = difflib.get_close_matches(option, (*own, *_GRID_OPTIONS), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            takes = f"it takes {', '.join(own)}" if own else "it takes no options"
+            raise UserError(
+                f"option {option!r} has no effect on solver {solver!r}: {hint}{takes} (and of the time grid "
+                f"{', '.join(_GRID_OPTIONS)})"
+            )
+
+
+_KINDS: dict[Any, tuple[type[Any], str]] = {
+    bool: (bool, "True or False"), int: (Integral, "a whole number"), float: (Real, "a number"), str: (str, "a name"),
+}  # fmt: skip
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    """Raise UserError for a value that is not of the kind that the option's annotation says; NaN is no number."""
+    allowed, words = _KINDS.get(kind, (object, ""))
+    fits = isinstance(value, allowed) and (kind is bool or kind not in _KINDS or not isinstance(value, bool))
+    if not fits or (kind is float and value != value):
+        raise UserError(f"{name}={value!r} must be {words}")
+
+
+def _check_options(name: str, entry: SolverEntry, options: Mapping[str, Any]) -> None:
     for option, how in entry.needs.items():
         if options.get(option) is None:
             raise UserError(f"{option} is missing: solver {name!r} needs it; {how}")
+    check_option_names(name, options)
+    kinds = {"last_step_size": float, **get_type_hints(entry.build)}
     for option, value in options.items():
-        if option not in entry.options:
-            near = difflib.get_close_matches(option, entry.options, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            takes = f"it takes {', '.join(entry.options)}" if entry.options else "it takes no options"
-            raise UserError(f"option {option!r} has no effect on solver {name!r}: {hint}{takes}")
-        if option in ("lower_order_final", "corrector") and not isinstance(value, bool):
-            raise UserError(f"{option}={value!r} must be True or False")
+        _check_kind(option, value, kinds[option])
 
 
 def _ends_in_pure_noise(process: Process) -> bool:
@@ -169,6 +197,9 @@ def make_plan(
     """
     entry = solver_entry(name)
     _check_options(name, entry, options)
+    for place, number in (("t_start", t_start), ("t_end", t_end), ("shift", shift)):
+        if number is not None:
+            _check_kind(place, number, float)
     if entry.in_t and process.discrete:
         raise UserError(
             f"process {process.name!r} is a table of steps: solver {name!r} needs a continuous one, "

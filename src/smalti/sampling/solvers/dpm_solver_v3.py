@@ -98,10 +98,8 @@ def dpm_solver_v3(
     The statistics are read between their nodes, where the paper's code rounds the times to them.
     Raises UserError for an order that is none of these, fewer steps than the order, and statistics that overflow.
     """
-    if isinstance(order, bool) or order not in (1, 2, 3):
+    if order not in (1, 2, 3):
         raise UserError(f"order={order!r} must be 1, 2 or 3")
-    if not isinstance(pseudo, bool):
-        raise UserError(f"pseudo={pseudo!r} must be True or False")
     if len(times) - 1 < order:
         raise UserError(f"num_inference_steps={len(times) - 1}: dpm_solver_v3 of order={order} needs at least {order}")
     statistics, published = _given_ems(ems), is_published(variant)

@@ -1,0 +1,1 @@
+"""Pixels to latents and back: diffusers' autoencoders by name or folder, and a small one of our own."""

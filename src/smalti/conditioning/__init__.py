@@ -1,0 +1,1 @@
+"""What a picture should be of: text encoders, and what is said of a picture to one."""
