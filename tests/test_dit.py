@@ -19,7 +19,6 @@ from smalti.models import (
     preset,
     preset_names,
 )
-from smalti.nn.attention import attention
 from smalti.nn.embeddings import patchify, unpatchify
 from smalti.nn.positions import rope_angles_2d, rotate_pairs
 from smalti.types import Condition, UserError
@@ -63,25 +62,6 @@ def test_patchify_is_a_patch_convolution():
     x, kernel = torch.randn(2, 3, 8, 12), torch.randn(5, 3, 4, 4)
     convolved = torch.nn.functional.conv2d(x, kernel, stride=4).flatten(2).transpose(1, 2)
     torch.testing.assert_close(patchify(x, 4) @ kernel.flatten(1).T, convolved, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("tokens", [7, 300])
-def test_attention_and_its_gradients_equal_the_library_on_both_paths(tokens, training, masked):
-    heads = torch.randn(3, 2, 3, tokens, 8)
-    mask = torch.rand(2, tokens) < 0.6 if masked else None
-    q, k, v = heads.clone().requires_grad_(training).unbind(0)
-    theirs = heads.clone().requires_grad_(training)
-    key_mask = None if mask is None else mask[:, None, None, :]
-    expected = torch.nn.functional.scaled_dot_product_attention(*theirs.unbind(0), attn_mask=key_mask)
-    attended = attention(q, k, v, mask)
-    torch.testing.assert_close(attended, expected, rtol=1e-4, atol=1e-5)
-    if training:
-        weights = torch.randn_like(expected)
-        (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), theirs)
-        gradients = torch.stack(torch.autograd.grad((attended * weights).sum(), (q, k, v)))
-        torch.testing.assert_close(gradients, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_rotary_products_depend_on_relative_positions_alone():
