@@ -11,6 +11,8 @@ What is fair, and stated with every figure:
   duplicates (one emoji in two skin tones) are among them as often as in the data and count as different, unless
   groups are given: candidates of the own prompt's group are then left out, neither right nor wrong.
 - Equal scores count against the picture: a judge or a picture that says nothing ranks last and not first.
+- The first 10 of 200 is a low bar: emoji shrunk to 4 x 4 pixels and back, colours at their places and nothing else,
+  pass it at 52 to 57 %, at 8 x 8 at 92 %; as the very first of 200 they come out at 22 and 70 %. Report both.
 - The judge is trained without a fifth of the variants (of emoji: skin tones, and further names), unseen as pair,
   on which its own retrieval is reported; what it cannot tell apart there it cannot be trusted with.
 """
