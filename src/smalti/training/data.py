@@ -68,7 +68,7 @@ def open_run_data(
         return RunData((opened.training,), _filled(opened.held_out), opened.skipped)
     if config.buckets is not None:
         raise UserError(f"buckets: only for autoencoder=pixels, and this run has {config.autoencoder.kind}")
-    autoencoder = load_autoencoder(config.autoencoder)
+    autoencoder = load_autoencoder(config.autoencoder, device)
     assert autoencoder is not None
     factor, (height, width) = autoencoder.factor, config.model.image_size
     kept = None if run is None else RunFolder(run).latents
@@ -80,6 +80,7 @@ def open_run_data(
         seed=config.seed,
         statistics=read_statistics(kept) if kept is not None and kept.exists() else None,
         device=device,
+        autoencoder=autoencoder,
         encoding=progress,
     )
     if latents.autoencoder.latent_channels != config.model.in_channels:
