@@ -137,6 +137,14 @@ def test_missing_and_impossible_inputs_are_refused():
         model(x, t, Condition(text_embeds=text.repeat(1, 13, 1)))
 
 
+def test_the_first_axis_counts_the_caption_and_the_picture_behind_it():
+    """Places 1 .. 32 for a caption filled up to 32, place 33 for the picture: 34 with place 0."""
+    x, t, text = inputs(TINY)
+    build_model(dataclasses.replace(TINY, rope_lengths=(34, 8, 8)))(x, t, Condition(text_embeds=text))
+    with pytest.raises(UserError, match="rope_lengths"):
+        build_model(dataclasses.replace(TINY, rope_lengths=(33, 8, 8)))(x, t, Condition(text_embeds=text))
+
+
 @pytest.mark.parametrize("tokens", [5, 64])
 @pytest.mark.parametrize("size", [(8, 12), (16, 8)])
 def test_flops_equal_the_counter(size, tokens):

@@ -43,6 +43,15 @@ CASES = {
         "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 8), **levels(PLAIN, PLAIN),
         "layers_per_block": 1, "add_attention": False,
     },
+    "residual types at levels that change nothing": {
+        "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16), "layers_per_block": 1, "sample_size": 8,
+        "down_block_types": ["DownBlock2D", "ResnetDownsampleBlock2D"],
+        "up_block_types": ["UpBlock2D", "ResnetUpsampleBlock2D"],
+    },
+    "an epsilon that counts": {
+        "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16), **levels(PLAIN, ATTENDED),
+        "layers_per_block": 1, "norm_eps": 0.03, "sample_size": 8,
+    },
     "no middle": {
         "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 8), **levels(PLAIN, ATTENDED),
         "layers_per_block": 1, "mid_block_type": None, "sample_size": 4,
@@ -68,6 +77,14 @@ def test_outputs_and_input_gradients_are_equal(name):
 @pytest.mark.parametrize("name", CASES)
 def test_round_trip(name):
     assert_round_trip(reference(name))
+
+
+def test_a_norm_of_the_middle_is_written_where_none_would_drop_it():
+    config = preset("UNet-Tiny")
+    assert (config.time_modulation, config.middle_norm_groups) == ("scale_shift", None)
+    theirs = diffusers.UNet2DModel(**UNET.write_config(config))
+    assert theirs.mid_block.attentions[0].group_norm.num_groups == config.norm_groups
+    assert UNET.read_config(dict(theirs.config)).middle_norm_groups == config.norm_groups
 
 
 def test_keys_are_the_documented_ones():
