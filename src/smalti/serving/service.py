@@ -1,4 +1,4 @@
-"""What the HTTP face, the jobs and the arms ask of whatever draws pictures: worker processes, Ray, or a test's double."""
+"""What HTTP, jobs and arms ask of whatever draws pictures: worker processes, Ray, or a test's double."""
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
