@@ -19,8 +19,8 @@ import torch.distributed.checkpoint.state_dict_saver
 import torch.distributed.fsdp
 import torch.utils.tensorboard.writer  # with the others: before the fork, what a run imports later
 
+from smalti.errors import UserError
 from smalti.training.watch import RankLost, end_process
-from smalti.types import UserError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from gaussian import GaussianDenoiser
 
 from smalti import rng
 from smalti.diffusion import make_process
+from smalti.errors import UserError
 from smalti.sampling import solve_adaptive
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 MEAN, VARIANCE = torch.tensor([[0.7, -0.3], [0.09, 0.5]], dtype=torch.float64)
 X = rng.normal((2,), seed=torch.arange(6), purpose="adaptive", dtype=torch.float64)

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from smalti.data.digits import load_digits
+from smalti.errors import UserError
 from smalti.models import AmusedConfig, build_model, forward_flops, forward_with_features
 from smalti.models.amused import GlobalResponseNorm
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = AmusedConfig(
     codebook_size=16, vocabulary_size=18, grid_size=6, width=32, depth=2, num_heads=4, mlp_width=40, token_width=12,

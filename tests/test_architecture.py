@@ -11,6 +11,7 @@ SOURCE = Path(smalti.__file__).parent
 
 # A room may import from rooms on lines above its own. Rooms of one line may not import each other.
 FLOORS = [
+    ["errors"],
     ["rng", "types"],
     ["nn"],
     ["models", "diffusion"],
@@ -27,6 +28,7 @@ FLOORS = [
     ["training"],
     ["evaluation"],
     ["recipes"],
+    ["serving"],
     ["describe"],
     ["cli_options", "cli_progress", "cli_data_arguments", "cli_ema_arguments", "cli_mup_arguments"],
     ["cli_arguments"],

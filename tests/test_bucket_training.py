@@ -10,11 +10,11 @@ from test_cli import called
 
 import smalti
 from smalti.config import Budget, apply_overrides
+from smalti.errors import UserError
 from smalti.recipes import recipe
 from smalti.training.data import open_run_data
 from smalti.training.display import PlainDisplay
 from smalti.training.loop import train
-from smalti.types import UserError
 
 SETTINGS = [
     "data=folder", "in_channels=3", "image_size=32,32", "num_classes=0", "model.width=64", "model.depth=2",

@@ -14,7 +14,7 @@ from smalti.data.on_demand import PicturesOnDemand
 from smalti.data.opening import open_buckets, open_rows
 from smalti.data.rows import PicturesInMemory, to_bytes
 from smalti.data.sources import DigitsData, FolderData
-from smalti.types import UserError
+from smalti.errors import UserError
 
 # --- sizes
 

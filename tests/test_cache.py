@@ -18,7 +18,8 @@ from smalti.data.cache import Cache, CacheDamage, picture_key, text_key
 from smalti.data.cached_rows import CachedLatents, CachedText, condition_entries, joined_condition
 from smalti.data.filling import fill_cache
 from smalti.data.latents import LatentStatistics, measure_latents
-from smalti.types import Condition, UserError
+from smalti.errors import UserError
+from smalti.types import Condition
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8)
 

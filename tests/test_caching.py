@@ -13,7 +13,7 @@ from smalti.autoencoders.small_kl import SmallKLConfig, new_small_kl, save_small
 from smalti.data.latents import LatentStatistics
 from smalti.data.rows import to_signed_unit
 from smalti.data.sources import FolderData
-from smalti.types import UserError
+from smalti.errors import UserError
 
 SIZE = (16, 24)
 

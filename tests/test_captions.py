@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.conditioning.captions import FIRST_CAPTIONS, CaptionPolicy, caption_lengths, pick_captions
-from smalti.types import UserError
+from smalti.errors import UserError
 
 texts = st.lists(st.lists(st.text(max_size=30), max_size=4).map(tuple), min_size=1, max_size=9)
 policies = st.builds(

@@ -15,6 +15,7 @@ from smalti.cli import main
 from smalti.data.digits import load_digits
 from smalti.data.rows import to_signed_unit
 from smalti.diffusion import make_process
+from smalti.errors import UserError
 from smalti.evaluation.digits import evaluate_run
 from smalti.evaluation.ems import estimate_run_ems
 from smalti.evaluation.frechet import frechet_distance
@@ -33,7 +34,7 @@ from smalti.sampling.ems import estimate_ems
 from smalti.sampling.plot import plot_plan
 from smalti.training.display import PlainDisplay
 from smalti.training.loop import train
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 
 @pytest.fixture(scope="module")

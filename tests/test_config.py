@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from smalti.cli import join_repeated_set
 from smalti.config import Budget, RunConfig, apply_overrides, from_json, to_json
+from smalti.errors import UserError
 from smalti.optim.ema import ExponentialEma, PowerEma
 from smalti.optim.optimizers import AdamWConfig, MuonConfig
 from smalti.optim.schedule import Schedule, learning_rate_factor
 from smalti.recipes import recipe, recipe_names
-from smalti.types import UserError
 
 MNIST = recipe("mnist")
 

@@ -25,6 +25,7 @@ from smalti.config import RunConfig
 from smalti.data.digits import load_digits
 from smalti.data.rows import PicturesInMemory
 from smalti.diffusion.processes import make_process
+from smalti.errors import UserError
 from smalti.run_folder import RunFolder, read_config
 from smalti.training import batch as training_batches
 from smalti.training import loop as training_loop
@@ -34,7 +35,6 @@ from smalti.training.loop import train
 from smalti.training.saving import restore
 from smalti.training.state import new_state
 from smalti.training.watch import Seen, Sign, judge, process_lives
-from smalti.types import UserError
 
 PLAIN = ["precision=float32", "compile=false", "validate_every=1000"]
 

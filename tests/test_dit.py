@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_training import validation_losses
 from torch.utils.flop_counter import FlopCounterMode
 
+from smalti.errors import UserError
 from smalti.models import (
     DiT,
     DiTConfig,
@@ -21,7 +22,7 @@ from smalti.models import (
 )
 from smalti.nn.embeddings import patchify, unpatchify
 from smalti.nn.positions import rope_angles_2d, rotate_pairs
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = DiTConfig(image_size=(8, 12), in_channels=2, patch_size=2, width=32, depth=2, num_heads=4)
 

@@ -11,9 +11,9 @@ from paper_v3 import paper_v3
 
 from smalti import rng
 from smalti.diffusion import make_process
+from smalti.errors import UserError
 from smalti.sampling import make_plan, run_plan, run_plans
 from smalti.sampling.ems import EMS, estimate_ems, save_ems
-from smalti.types import UserError
 
 PLANE = torch.tensor([[0.9, 0.2], [-0.5, 0.6], [0.1, -0.8]], dtype=torch.float64)
 PROCESS = make_process("vp_linear")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.diffusion import Process, make_process, process_names
+from smalti.errors import UserError
 from smalti.sampling import InpaintDenoiser, make_plan, noised, run_plan, strength_to_start
-from smalti.types import UserError
 
 CORRELATION = 0.8
 SOLVERS = ["ddim", "dpmpp_2m", "flow_euler"]

@@ -11,11 +11,11 @@ import smalti
 from smalti.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from smalti.cli import main
 from smalti.config import apply_overrides
+from smalti.errors import UserError
 from smalti.optim.post_hoc import PowerProfile
 from smalti.training.display import PlainDisplay
 from smalti.training.loop import train
 from smalti.training.snapshots import reconstruct_averages, save_reconstruction, stored_averages
-from smalti.types import UserError
 
 QUIET = PlainDisplay(1e9)
 

@@ -17,7 +17,7 @@ from smalti.data.emoji_captions import describe_emoji, known_emoji, plain_sequen
 from smalti.data.opening import open_rows
 from smalti.data.rows import to_bytes
 from smalti.data.sources import FolderData
-from smalti.types import UserError
+from smalti.errors import UserError
 
 try:
     NOTO = find_emoji_font()

@@ -12,8 +12,8 @@ from needed_options import constant_ems
 
 from smalti import rng
 from smalti.diffusion import make_process
+from smalti.errors import UserError
 from smalti.sampling.ems import EMS, EMSOrigin, _regression, ems_integrals, estimate_ems, load_ems, save_ems
-from smalti.types import UserError
 
 PLANE = torch.tensor([[0.9, 0.2], [-0.5, 0.6], [0.1, -0.8]], dtype=torch.float64)
 

@@ -8,9 +8,9 @@ from scipy import linalg
 from smalti.data.digits import load_digits
 from smalti.data.order import batch_indices
 from smalti.data.rows import to_bytes, to_signed_unit
+from smalti.errors import UserError
 from smalti.evaluation.digits import evaluate_run
 from smalti.evaluation.frechet import bootstrap, frechet_distance
-from smalti.types import UserError
 
 
 def test_frechet_equals_the_closed_form_by_scipy():

@@ -8,12 +8,12 @@ import torch
 from training_runs import tiny_config
 
 from smalti.checkpoint import list_checkpoints, read_checkpoint
+from smalti.errors import UserError
 from smalti.training import loop
 from smalti.training.display import PlainDisplay
 from smalti.training.failure import TrainingDiverged, replay
 from smalti.training.loop import train
 from smalti.training.state import new_state
-from smalti.types import UserError
 
 
 def failing_run(path, monkeypatch, poison, *overrides):

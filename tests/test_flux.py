@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny_training import validation_losses
 from torch.utils.flop_counter import FlopCounterMode
 
+from smalti.errors import UserError
 from smalti.models import (
     FluxConfig,
     build_model,
@@ -18,7 +19,7 @@ from smalti.models import (
     preset,
 )
 from smalti.nn.positions import rope_angles
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = FluxConfig(
     image_size=(8, 12), in_channels=2, out_channels=3, width=32, depth=2, single_depth=2, num_heads=2, text_width=6,

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from smalti.diffusion import make_process, process_names
 from smalti.diffusion.timesteps import shift_timesteps
+from smalti.errors import UserError
 from smalti.sampling import make_plan
 from smalti.sampling.grids import explicit_grid, spacings, time_grid
-from smalti.types import UserError
 
 
 def noise_levels(process, times):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from smalti.diffusion import NetworkDenoiser, convert_prediction, make_process
+from smalti.errors import UserError
 from smalti.sampling import (
     AdaptiveProjectedGuidance,
     Autoguidance,
@@ -26,7 +27,6 @@ from smalti.sampling import (
     perturbed_attention,
 )
 from smalti.sampling.guidance import project
-from smalti.types import UserError
 
 
 def row(i, x, t, cond):

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import smalti
+from smalti.errors import UserError
 from smalti.interop.convert import convert
 from smalti.interop.files import read_folder, write_folder
 from smalti.interop.formats import format_of_class
 from smalti.interop.layout import Layout, joined, swapped_halves
 from smalti.interop.load import check_precision, read_weights, write_network
 from smalti.models import DiTConfig, build_model, network_of
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = DiTConfig(
     image_size=(8, 8), in_channels=4, patch_size=2, width=64, depth=2, num_heads=1, num_classes=10, learn_sigma=True

@@ -10,7 +10,7 @@ from test_cli import called
 from test_text_training import SMALL
 
 import smalti
-from smalti.types import UserError
+from smalti.errors import UserError
 
 
 @pytest.fixture(scope="module")

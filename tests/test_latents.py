@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from smalti.autoencoders.registry import SmallKLAutoencoder, autoencoder_of, load_autoencoder
 from smalti.autoencoders.small_kl import SmallKLConfig, load_small_kl, new_small_kl, save_small_kl
 from smalti.data.latents import LatentStatistics, measure_latents, sample_moments
-from smalti.types import UserError
+from smalti.errors import UserError
 
 
 def gaussian_moments(pictures, mean, spread, log_variance, generator):

@@ -9,6 +9,7 @@ from tiny_training import validation_losses
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from smalti.errors import UserError
 from smalti.models import (
     LTX,
     LTXConfig,
@@ -20,7 +21,7 @@ from smalti.models import (
     preset,
 )
 from smalti.models.ltx import fractional_positions, rotary_angles
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = LTXConfig(
     video_size=(3, 4, 6), in_channels=2, out_channels=2, width=32, depth=2, num_heads=2, text_width=6

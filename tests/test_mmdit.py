@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny_training import validation_losses
 from torch.utils.flop_counter import FlopCounterMode
 
+from smalti.errors import UserError
 from smalti.models import (
     MMDiTConfig,
     build_model,
@@ -17,7 +18,7 @@ from smalti.models import (
     network_of,
     preset,
 )
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = MMDiTConfig(
     image_size=(8, 12), in_channels=2, out_channels=3, width=32, depth=3, num_heads=4, text_width=6, pooled_width=5,

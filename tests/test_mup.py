@@ -12,6 +12,7 @@ from training_runs import tiny_config
 from smalti.conditioning.prompted import build_prompted_network
 from smalti.conditioning.tiny import TinyTextConfig
 from smalti.config import apply_overrides, from_json, to_json
+from smalti.errors import UserError
 from smalti.interop.convert import write_weights
 from smalti.interop.load import Weights, read_weights
 from smalti.interop.surgery import without_attention_scale
@@ -30,7 +31,7 @@ from smalti.optim.optimizers import AdamWConfig, MuonConfig, build_optimizers
 from smalti.recipes import recipe
 from smalti.training.loop import train
 from smalti.training.state import new_state
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 DIT = DiTConfig(image_size=(8, 8), patch_size=2, width=64, depth=1, num_heads=4, positions="learned", qk_norm=True)
 MMDIT = MMDiTConfig(

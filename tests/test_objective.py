@@ -13,11 +13,11 @@ from smalti.data.digits import load_digits
 from smalti.diffusion import make_process, process_names
 from smalti.diffusion.objective import Objective, loss_by_timestep_bin, loss_weight, noisy_input, per_sample_loss
 from smalti.diffusion.prediction import prediction_types, training_target, x0_from_output
+from smalti.errors import UserError
 from smalti.recipes import recipe
 from smalti.training.batch import validation_batches
 from smalti.training.display import PlainDisplay
 from smalti.training.loop import train
-from smalti.types import UserError
 
 
 def inside(process, count=64):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from training_runs import tiny_config
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 PLAIN = ["precision=float32", "compile=false"]
 

@@ -6,10 +6,10 @@ import torch
 from needed_options import needed_options
 from training_runs import tiny_config
 
+from smalti.errors import UserError
 from smalti.models import build_model
 from smalti.pipeline import Editing, ImageRequest, Pipeline
 from smalti.sampling import GuidanceOptions, solver_names
-from smalti.types import UserError
 
 
 @pytest.fixture(scope="module")

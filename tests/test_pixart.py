@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_training import validation_losses
 from torch.utils.flop_counter import FlopCounterMode
 
+from smalti.errors import UserError
 from smalti.models import (
     PixArtConfig,
     build_model,
@@ -19,7 +20,7 @@ from smalti.models import (
     preset,
 )
 from smalti.nn.positions import rescaled_sincos_grid, sincos_grid
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = PixArtConfig(
     image_size=(8, 8), in_channels=2, width=48, depth=2, num_heads=4, text_width=12, micro_conditions=True

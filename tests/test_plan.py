@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from smalti import rng
 from smalti.diffusion import make_process
+from smalti.errors import UserError
 from smalti.sampling import PlanDraft, make_plan, run_plan, run_plans
 from smalti.sampling.explain import plan_table
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 PROCESS = make_process("vp_linear")
 DENOISER = GaussianDenoiser(PROCESS, torch.tensor([0.7, -0.3]).double(), torch.tensor([0.09, 0.5]).double())

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smalti.errors import UserError
 from smalti.optim.ema import PostHocEma, PowerEma, update_ema
 from smalti.optim.post_hoc import PowerProfile, combine_profiles, profile_products
-from smalti.types import UserError
 
 WIDTHS = st.floats(0.01, 0.27)
 

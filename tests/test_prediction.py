@@ -19,7 +19,7 @@ from smalti.diffusion import (
     usable_at_pure_noise,
 )
 from smalti.diffusion.prediction import input_scale, per_sample, prediction_types, training_target, x0_from_output
-from smalti.types import UserError
+from smalti.errors import UserError
 
 MEAN = torch.tensor([0.7, -0.3], dtype=torch.float64)
 VARIANCE = torch.tensor([0.09, 0.5], dtype=torch.float64)

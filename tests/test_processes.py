@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from smalti.diffusion import make_process, process_names
 from smalti.diffusion.processes import EDM, GVP, Interpolant, LinearInterpolant, cosine_betas, linear_betas
-from smalti.types import UserError
+from smalti.errors import UserError
 
 QUARTER_CIRCLE = Interpolant(lambda t: torch.cos(math.pi / 2 * t), lambda t: torch.sin(math.pi / 2 * t))
 WITH_GAMMA = Interpolant(lambda t: 1 - t, lambda t: t, lambda t: torch.sqrt(0.5 * t * (1 - t)))

@@ -9,10 +9,11 @@ from smalti.conditioning.prompted import PromptedNetwork, build_prompted_network
 from smalti.conditioning.tiny import TinyTextConfig, TinyTextEncoder, train_tokenizer
 from smalti.diffusion.objective import Objective, per_sample_loss
 from smalti.diffusion.processes import make_process
+from smalti.errors import UserError
 from smalti.models import DiTConfig, FluxConfig, MMDiTConfig, PixArtConfig, SanaConfig, ZImageConfig, build_model
 from smalti.optim.optimizers import MuonConfig, build_optimizers
 from smalti.training.forward import compile_blocks
-from smalti.types import Condition, UserError, concat_conditions
+from smalti.types import Condition, concat_conditions
 
 COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "yellow": (1, 1, -1)}
 PLACES = {"left": slice(0, 4), "right": slice(4, 8)}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from smalti.conditioning.tiny import TinyTextConfig
 from smalti.data.rows import PicturesInMemory
+from smalti.errors import UserError
 from smalti.evaluation.retrieval import (
     RetrievalConfig,
     contrastive_loss,
@@ -25,7 +26,6 @@ from smalti.evaluation.retrieval import (
     train_retrieval_judge,
     without_skin_tone,
 )
-from smalti.types import UserError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 PLACES = {"top left": (2, 2), "top right": (2, 10), "bottom left": (10, 2), "bottom right": (10, 10)}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_training import validation_losses
 from torch.utils.flop_counter import FlopCounterMode
 
+from smalti.errors import UserError
 from smalti.models import (
     SanaConfig,
     build_model,
@@ -19,7 +20,7 @@ from smalti.models import (
     preset,
 )
 from smalti.models.sana import LinearAttention, MixFeedForward
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = SanaConfig(
     image_size=(4, 4), in_channels=2, out_channels=3, width=32, depth=2, num_heads=4, num_cross_heads=2,

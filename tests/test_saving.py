@@ -12,6 +12,7 @@ from training_runs import final_bytes, tiny_config
 
 from smalti.checkpoint import list_checkpoints, read_checkpoint
 from smalti.config import apply_overrides
+from smalti.errors import UserError
 from smalti.training import saving
 from smalti.training.display import PlainDisplay
 from smalti.training.loop import train
@@ -19,7 +20,6 @@ from smalti.training.parallel import Ranks
 from smalti.training.preparing import check_resumable, prepared_folder
 from smalti.training.saving import CheckpointWriter
 from smalti.training.state import new_state
-from smalti.types import UserError
 
 SILENT = PlainDisplay(1e9)
 

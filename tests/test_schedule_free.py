@@ -12,13 +12,13 @@ from training_runs import final_bytes, tiny_config
 
 from smalti.checkpoint import list_checkpoints, read_checkpoint
 from smalti.config import from_json, to_json
+from smalti.errors import UserError
 from smalti.models import DiTConfig, build_model
 from smalti.optim.optimizers import build_optimizers
 from smalti.optim.schedule import Schedule, learning_rate_factor
 from smalti.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeConfig
 from smalti.training.display import PlainDisplay
 from smalti.training.loop import train
-from smalti.types import UserError
 
 QUIET = PlainDisplay(1e9)
 SETTINGS = ["optimizer=schedule_free", "ema=by_optimizer", "schedule.decay=none"]

@@ -11,11 +11,11 @@ from needed_options import needed_options
 
 from smalti import rng
 from smalti.diffusion import make_process, process_names
+from smalti.errors import UserError
 from smalti.sampling import make_plan, run_plan, solver_names
 from smalti.sampling.grids import spacings
 from smalti.sampling.solvers import solver_entry
 from smalti.sampling.solvers.singlestep import step_orders
-from smalti.types import UserError
 
 PROCESSES = ["rectified_flow", "vp_linear", "vp_cosine"]
 

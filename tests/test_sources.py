@@ -23,7 +23,7 @@ from smalti.data.on_demand import PicturesOnDemand
 from smalti.data.opening import open_rows
 from smalti.data.rows import PicturesInMemory, to_signed_unit
 from smalti.data.sources import DigitsData, FolderData, HubData, IdxData, TarData, list_pictures, source_of
-from smalti.types import UserError
+from smalti.errors import UserError
 
 FASHION_MNIST = Path(IdxData().path)
 

@@ -9,6 +9,7 @@ from training_runs import tiny_config
 from smalti.config import apply_overrides
 from smalti.data.digits import load_digits
 from smalti.diffusion.processes import make_process
+from smalti.errors import UserError
 from smalti.training.activation_checkpointing import checkpoint_activations
 from smalti.training.batch import training_batch
 from smalti.training.failure import batch_from_tensors, batch_tensors, join_batches
@@ -22,7 +23,6 @@ from smalti.training.step import (
     update_weights,
     weights_copy,
 )
-from smalti.types import UserError
 
 DIGITS = load_digits()[0]
 

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smalti.errors import UserError
 from smalti.interop.load import Weights
 from smalti.interop.surgery import adapt, block_sources
 from smalti.models import DiTConfig, build_model, network_of
 from smalti.models.mmdit import MMDiTConfig
 from smalti.models.uvit import UViTConfig
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 DIT = DiTConfig(
     image_size=(8, 8), in_channels=4, patch_size=2, width=64, depth=2, num_heads=1, num_classes=10, learn_sigma=True

@@ -16,8 +16,8 @@ from training_runs import final_bytes
 
 import smalti
 from smalti.config import RunConfig, apply_overrides, from_json, to_json
+from smalti.errors import UserError
 from smalti.recipes import recipe, recipe_names
-from smalti.types import UserError
 
 SMALL = [
     "model.image_size=16,16", "model.width=48", "model.depth=2", "model.num_heads=2", "text.width=32",

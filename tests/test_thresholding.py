@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from smalti.errors import UserError
 from smalti.sampling import ClippedDenoiser, DynamicThreshold
-from smalti.types import UserError
 
 T = torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64)
 

@@ -23,9 +23,9 @@ from smalti.diffusion.timesteps import (
     resolution_shift,
     shift_timesteps,
 )
+from smalti.errors import UserError
 from smalti.recipes import recipe
 from smalti.training.batch import training_batch
-from smalti.types import UserError
 
 DENSITIES = [
     UniformTimesteps(), LogitNormalTimesteps(-0.3, 0.8), ModeTimesteps(), CosMapTimesteps(), EDMLogNormalTimesteps()

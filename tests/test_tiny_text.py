@@ -17,7 +17,8 @@ from smalti.conditioning.tiny import (
     empty_prompt,
     train_tokenizer,
 )
-from smalti.types import Condition, UserError
+from smalti.errors import UserError
+from smalti.types import Condition
 
 CAPTIONS = [
     "grinning face",

@@ -12,6 +12,7 @@ from smalti.config import Budget
 from smalti.data.digits import load_digits
 from smalti.data.latents import measure_latents, sample_moments
 from smalti.data.rows import PicturesInMemory
+from smalti.errors import UserError
 from smalti.optim.optimizers import AdamWConfig
 from smalti.training.autoencoder import (
     AutoencoderTraining,
@@ -23,7 +24,6 @@ from smalti.training.autoencoder import (
     train_autoencoder,
 )
 from smalti.training.display import PlainDisplay
-from smalti.types import UserError
 
 
 def small_training(steps, **changes):

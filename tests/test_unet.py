@@ -11,9 +11,10 @@ from tiny_training import validation_losses
 from torch.utils.flop_counter import FlopCounterMode
 
 from smalti.config import RunConfig, apply_overrides, from_json, to_json
+from smalti.errors import UserError
 from smalti.models import UNetConfig, build_model, forward_flops, forward_with_features, network_of, preset
 from smalti.recipes import recipe
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = UNetConfig(
     image_size=(8, 12), in_channels=2, widths=(8, 16), attention_levels=(1,), head_width=8, num_classes=5, norm_groups=4

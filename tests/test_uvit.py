@@ -8,9 +8,10 @@ from tiny_training import validation_losses
 from torch.utils.flop_counter import FlopCounterMode
 
 from smalti.config import apply_overrides, from_json, to_json
+from smalti.errors import UserError
 from smalti.models import UViTConfig, build_model, forward_flops, forward_with_features, network_of, preset
 from smalti.recipes import recipe
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = UViTConfig(image_size=(8, 12), in_channels=2, patch_size=2, width=32, depth=4, num_heads=4)
 OPTIONS = dataclasses.replace(TINY, time_mlp=True, qkv_bias=True, final_conv=False, num_classes=0)

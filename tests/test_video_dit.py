@@ -14,6 +14,7 @@ from tiny_training import validation_losses
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from smalti.errors import UserError
 from smalti.models import (
     VideoDiT,
     VideoDiTConfig,
@@ -27,7 +28,7 @@ from smalti.models import (
 from smalti.models.video_dit import rotary_axes
 from smalti.nn.embeddings import patchify_video, unpatchify_video
 from smalti.nn.positions import grid_positions, rope_angles, rope_angles_grid
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = VideoDiTConfig(
     video_size=(3, 8, 12), in_channels=2, out_channels=2, width=32, depth=2, num_heads=2, text_width=6, text_tokens=4,

@@ -12,6 +12,7 @@ from training_runs import tiny_config
 import smalti.optim.mup as mup
 from smalti.cli import main
 from smalti.config import apply_overrides
+from smalti.errors import UserError
 from smalti.models import DiTConfig, MMDiTConfig, UViTConfig
 from smalti.recipes import recipe
 from smalti.training import transfer as transfer_module
@@ -28,7 +29,6 @@ from smalti.training.transfer import (
     run_transfer,
 )
 from smalti.training.widths import at_width
-from smalti.types import UserError
 
 STUDIED = tiny_config(4, "optimizer=adamw", "batch_size=16", "checkpoint_every=2")
 SMALL = {"image_size": (28, 28), "patch_size": 7, "width": 64, "num_heads": 4}

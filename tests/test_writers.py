@@ -13,12 +13,12 @@ import pytest
 from training_runs import TINY, final_bytes, tiny_config
 
 from smalti.checkpoint import list_checkpoints
+from smalti.errors import UserError
 from smalti.run_folder import RunFolder
 from smalti.training import writers as writers_module
 from smalti.training.display import PlainDisplay
 from smalti.training.loop import train
 from smalti.training.writers import UnfailingWriter, check_writers, open_writers, tracker_run_id
-from smalti.types import UserError
 
 QUIET = PlainDisplay(1e9)
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tiny_training import validation_losses
 from torch.utils.flop_counter import FlopCounterMode
 
+from smalti.errors import UserError
 from smalti.models import ZImageConfig, build_model, forward_flops, forward_with_features
 from smalti.models.zimage import caption_positions, padded_length
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = ZImageConfig(
     in_channels=2, width=24, depth=2, refiner_depth=1, num_heads=2, text_width=6, rope_widths=(4, 4, 4)

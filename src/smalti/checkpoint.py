@@ -23,7 +23,7 @@ from torch import Tensor
 
 from smalti.data.durable import sync
 from smalti.data.fingerprint import file_digest
-from smalti.types import UserError
+from smalti.errors import UserError
 
 SHARDED = "sharded"  # the folder of a checkpoint that torch.distributed.checkpoint writes
 _PARTIAL = ".partial-"

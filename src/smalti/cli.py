@@ -41,7 +41,7 @@ from smalti.cli_mup_arguments import Mup
 from smalti.cli_options import as_arguments, check_device, chosen_budget, set_threads
 from smalti.cli_progress import progress_bar
 from smalti.cli_weights import adapt_command, convert_command, export_command
-from smalti.types import UserError
+from smalti.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console

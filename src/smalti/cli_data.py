@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from smalti.cli_data_arguments import Data, DataCache, DataEmoji, DataShow
 from smalti.cli_latents import cache_command
 from smalti.cli_progress import progress_bar, skipped_lines
-from smalti.types import UserError
+from smalti.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

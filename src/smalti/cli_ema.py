@@ -3,7 +3,7 @@
 from smalti.cli_ema_arguments import Ema
 from smalti.cli_options import check_device, set_threads
 from smalti.cli_progress import progress_bar
-from smalti.types import UserError
+from smalti.errors import UserError
 
 
 def ema_command(command: Ema) -> int:

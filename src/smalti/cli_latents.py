@@ -6,7 +6,7 @@ from smalti.cli_arguments import TrainAutoencoder
 from smalti.cli_data_arguments import DataCache
 from smalti.cli_options import check_device, chosen_budget, set_threads
 from smalti.cli_progress import progress_bar, skipped_lines
-from smalti.types import UserError
+from smalti.errors import UserError
 
 
 def cache_command(command: DataCache) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from smalti.cli_mup_arguments import Mup, MuPCoordCheck, MuPTransfer
 from smalti.cli_options import check_device, set_threads
 from smalti.cli_progress import progress_bar
-from smalti.types import UserError
+from smalti.errors import UserError
 
 if TYPE_CHECKING:
     from smalti.config import RunConfig

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 if TYPE_CHECKING:
     from smalti.config import Budget, BudgetUnit

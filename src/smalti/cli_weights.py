@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smalti.cli_arguments import Adapt, Convert, Export
-from smalti.types import UserError
+from smalti.errors import UserError
 
 
 def _changes(config: Any, given: tuple[str, ...]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from smalti.data.sources.digits import DigitsData
 from smalti.diffusion.objective import Objective, check_objective
 from smalti.diffusion.processes import make_process
 from smalti.diffusion.timesteps import LogitNormalTimesteps, TimestepDensity, check_density
+from smalti.errors import UserError, unknown_name
 from smalti.models.dit import DiTConfig
 from smalti.models.registry import LabelledModelConfig, ModelConfig, TrainableModelConfig
 from smalti.optim.ema import EmaConfig, OptimizerAverage, PowerEma
@@ -29,7 +30,6 @@ from smalti.optim.optimizers import MuonConfig, OptimizerConfig
 from smalti.optim.schedule import Schedule
 from smalti.optim.schedule_free import ScheduleFreeConfig
 from smalti.sampling.guided import GuidanceOptions
-from smalti.types import UserError, unknown_name
 
 BudgetUnit = Literal["steps", "minutes", "epochs"]
 WriterName = Literal["tensorboard", "wandb", "trackio"]

@@ -8,10 +8,10 @@ from rich.table import Table
 
 from smalti.conditioning.tiny import TinyTextConfig, TinyTextEncoder
 from smalti.config import RunConfig, flat_json
+from smalti.errors import UserError
 from smalti.models.registry import build_model, count_parameters, forward_flops
 from smalti.recipes import recipe, recipe_names
 from smalti.run_folder import RunFolder, read_config, read_record
-from smalti.types import UserError
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:

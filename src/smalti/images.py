@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from smalti.data.rows import to_bytes, to_signed_unit
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _LINE = 12  # pixels of a line of text
 

@@ -24,6 +24,7 @@ from smalti.diffusion.denoiser import NetworkDenoiser
 from smalti.diffusion.prediction import usable_at_pure_noise
 from smalti.diffusion.processes import Process, make_process
 from smalti.diffusion.switch import SwitchedDenoiser
+from smalti.errors import UserError
 from smalti.images import to_pil
 from smalti.interop.load import load_backbone
 from smalti.pipeline_arguments import PromptEncoder, checked_seeds, to_move_away_from, wanted_pictures
@@ -35,7 +36,7 @@ from smalti.sampling.guided import GuidanceOptions, guide
 from smalti.sampling.plan import Plan, run_plan, run_plans
 from smalti.sampling.solvers import check_option_names, make_plan
 from smalti.sampling.thresholding import ClippedDenoiser
-from smalti.types import Backbone, Condition, Denoiser, UserError
+from smalti.types import Backbone, Condition, Denoiser
 
 Value = TypeVar("Value")
 Decoder = Callable[[Tensor], Tensor]

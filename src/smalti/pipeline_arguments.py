@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smalti.types import Condition, UserError
+from smalti.errors import UserError
+from smalti.types import Condition
 
 _MAX_SEED = 2**63
 

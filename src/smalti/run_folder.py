@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smalti.config import RunConfig, from_json, to_json
-from smalti.types import UserError
+from smalti.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,16 @@
-"""What joins the rooms of the house: conditions, the Backbone and Denoiser protocols, the user's errors.
+"""What joins the rooms of the house: conditions, the Backbone and Denoiser protocols.
 
 Shape legend used in names all over smalti: B batch, N tokens, D width, H heads, K head width, C channels, L layers.
 """
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-
-class UserError(ValueError):
-    """A mistake of the caller's: the message names the field, its value and what is allowed. The CLI exits with 2."""
-
-    told: ClassVar[bool] = False  # whether another process of the same command tells the user
-
-
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in a registry: says which names are near and which exist."""
-    known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return UserError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
+from smalti.errors import UserError
 
 
 @dataclass(frozen=True)

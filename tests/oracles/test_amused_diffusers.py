@@ -9,9 +9,10 @@ from oracles.parity import assert_round_trip, assert_same_function, randomised
 from safetensors.torch import save_file
 
 import smalti
+from smalti.errors import UserError
 from smalti.interop.amused import AMUSED
 from smalti.models import AmusedConfig
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = {
     "hidden_size": 64, "cond_embed_dim": 24, "micro_cond_encode_dim": 8, "micro_cond_embed_dim": 40,

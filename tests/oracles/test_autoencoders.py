@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from smalti.autoencoders.from_diffusers import DCAutoencoder, KLAutoencoder, TinyAutoencoder, VQAutoencoder
 from smalti.autoencoders.registry import Pixels, autoencoder_of, load_autoencoder
 from smalti.data.latents import LatentStatistics, sample_moments
-from smalti.types import UserError
+from smalti.errors import UserError
 
 TWO_LEVELS = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,

@@ -10,11 +10,12 @@ import smalti
 from smalti.cli import main
 from smalti.diffusion.denoiser import NetworkDenoiser
 from smalti.diffusion.processes import make_process
+from smalti.errors import UserError
 from smalti.interop.convert import export_run
 from smalti.sampling import make_plan, run_plan
 from smalti.sampling.guided import GuidanceOptions, guide
 from smalti.training.loop import train
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 AS_DIFFUSERS = (
     "positions=sincos", "qk_norm=false", "activation=gelu_tanh", "frequency_shift=1", "mlp_norm_eps=1e-5",

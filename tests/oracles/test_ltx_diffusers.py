@@ -11,10 +11,11 @@ from oracles.parity import assert_parity, assert_round_trip, randomised
 from safetensors.torch import save_file
 
 import smalti
+from smalti.errors import UserError
 from smalti.interop.formats import original_of_tensors
 from smalti.interop.ltx import LTX
 from smalti.models import LTXConfig, network_of
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32,

@@ -8,10 +8,11 @@ import torch
 from oracles.parity import assert_parity, assert_round_trip, randomised
 
 import smalti
+from smalti.errors import UserError
 from smalti.interop.formats import format_of_class, original_of_tensors
 from smalti.models import network_of, preset
 from smalti.nn.positions import rescaled_sincos_grid
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 SMALL = {"num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "caption_channels": 20}
 CASES = {  # diffusers' fields, size of the latents, with a text mask

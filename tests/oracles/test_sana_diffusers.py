@@ -7,10 +7,11 @@ from diffusers.loaders.single_file_utils import convert_sana_transformer_to_diff
 from oracles.parity import assert_parity, assert_round_trip, randomised
 
 import smalti
+from smalti.errors import UserError
 from smalti.interop.formats import format_of_class, original_of_tensors
 from smalti.models import network_of
 from smalti.nn.positions import rescaled_sincos_grid
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 SMALL = {
     "num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2, "num_cross_attention_heads": 2,

@@ -27,7 +27,7 @@ from smalti.conditioning.encoders import (
     build_text_encoder,
 )
 from smalti.conditioning.tiny import TinyTextConfig
-from smalti.types import UserError
+from smalti.errors import UserError
 
 CAPTIONS = ["a Red Heart", "", "two people holding hands, one of them waving at a dog " * 40, " Grinning face "]
 LONG = "x" * 10_000

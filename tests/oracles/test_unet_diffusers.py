@@ -6,9 +6,10 @@ import torch
 from oracles.parity import assert_parity, assert_round_trip, randomised
 
 import smalti
+from smalti.errors import UserError
 from smalti.interop.unet import UNET
 from smalti.models import preset
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 PLAIN, ATTENDED = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
 ADM = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")

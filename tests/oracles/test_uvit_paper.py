@@ -12,9 +12,10 @@ from oracles.parity import assert_same_function, randomised
 from safetensors.torch import save_file
 
 import smalti
+from smalti.errors import UserError
 from smalti.interop.uvit import UVIT
 from smalti.models import UViTConfig, build_model
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 CASES = {
     "classes": UViTConfig(image_size=(8, 12), in_channels=3, patch_size=2, width=32, depth=4, num_heads=4),

@@ -10,10 +10,11 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from oracles.parity import assert_parity, assert_round_trip, randomised
 
 import smalti
+from smalti.errors import UserError
 from smalti.interop.formats import original_of_tensors
 from smalti.interop.video_dit import VIDEO_DIT
 from smalti.models import VideoDiTConfig, network_of
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 TINY = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8,

@@ -9,9 +9,10 @@ from oracles.parity import assert_parity, assert_round_trip, randomised
 from safetensors.torch import save_file
 
 import smalti
+from smalti.errors import UserError
 from smalti.interop.zimage import ZIMAGE
 from smalti.models import network_of, preset
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 CASES = {
     "thin": {"dim": 48, "n_heads": 2, "n_layers": 1, "n_refiner_layers": 1, "axes_dims": [8, 8, 8]},

@@ -21,7 +21,7 @@ from smalti.data.listing import Listing, Skipped
 from smalti.data.on_demand import fitted_file, fitted_picture
 from smalti.data.rows import to_signed_unit
 from smalti.data.sources import DataConfig, list_pictures
-from smalti.types import UserError
+from smalti.errors import UserError
 
 Progress = Callable[[int, int], None]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smalti.autoencoders.protocol import check_pictures
 from smalti.data.fingerprint import fingerprint
-from smalti.types import UserError
+from smalti.errors import UserError
 
 
 @dataclass(frozen=True)

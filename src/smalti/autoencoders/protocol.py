@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 
 class Autoencoder(Protocol):

@@ -17,7 +17,7 @@ from smalti.autoencoders.from_diffusers import (
 )
 from smalti.autoencoders.protocol import Autoencoder
 from smalti.autoencoders.small_kl import CONFIG, SmallKLConfig, load_small_kl
-from smalti.types import UserError, unknown_name
+from smalti.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True)

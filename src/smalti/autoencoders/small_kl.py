@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from smalti.autoencoders.protocol import check_pictures
 from smalti.data.fingerprint import fingerprint
-from smalti.types import UserError
+from smalti.errors import UserError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _FACTORS = (2, 4, 8, 16)

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from smalti import rng
-from smalti.types import UserError
+from smalti.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from smalti.conditioning.pretrained import Precision, TextModel, load_text_model, padded_tokens
 from smalti.conditioning.tiny import TinyTextConfig
-from smalti.types import Condition, UserError
+from smalti.errors import UserError
+from smalti.types import Condition
 
 _SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 _FLUX = "black-forest-labs/FLUX.1-schnell"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smalti.conditioning.captions import valid_unicode
-from smalti.types import UserError
+from smalti.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from smalti.conditioning.tiny import TinyTextConfig, TinyTextEncoder, empty_prompt
+from smalti.errors import UserError
 from smalti.models.registry import ModelConfig, network_of
-from smalti.types import Backbone, Condition, UserError
+from smalti.types import Backbone, Condition
 
 
 class PromptedNetwork(nn.Module):

@@ -22,9 +22,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from smalti.conditioning.captions import valid_unicode
+from smalti.errors import UserError
 from smalti.nn.attention import RMSNorm, SelfAttention
 from smalti.nn.feedforward import FeedForward, gated_width
-from smalti.types import Condition, UserError, required_field
+from smalti.types import Condition, required_field
 
 _PAD, _START, _END = "<pad>", "<start>", "<end>"
 PAD_ID, START_ID, END_ID = 0, 1, 2

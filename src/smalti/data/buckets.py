@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smalti import rng
 from smalti.data.order import cut_batch
-from smalti.types import UserError
+from smalti.errors import UserError
 
 Size = tuple[int, int]  # (height, width)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smalti.data.durable import publish
 from smalti.data.fingerprint import fingerprint
-from smalti.types import UserError
+from smalti.errors import UserError
 
 Entry = Mapping[str, Tensor]  # named tensors on the CPU
 

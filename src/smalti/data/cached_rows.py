@@ -12,7 +12,8 @@ from smalti import rng
 from smalti.data.cache import Cache, Entry, text_key
 from smalti.data.filling import Encode, FillReport, fill_cache
 from smalti.data.latents import LatentStatistics, measure_latents, sample_moments
-from smalti.types import Condition, UserError
+from smalti.errors import UserError
+from smalti.types import Condition
 
 MOMENTS = "moments"  # the name of a picture's tensor in its entry
 EncodeCaptions = Callable[[Sequence[str]], Condition]

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from smalti.data.emoji_captions import describe_emoji, known_emoji, plain_sequence
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _FONT_FOLDERS = (
     "/usr/share/fonts/truetype/noto",  # Debian, Ubuntu

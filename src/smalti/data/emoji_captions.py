@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _VARIATION_SELECTOR = "\ufe0f"
 _TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load, save
 
 from smalti.data.cache import PARTIAL, Cache, CacheDamage, Entry, MissingEntry, storable, write_shard
-from smalti.types import UserError
+from smalti.errors import UserError
 
 Item = TypeVar("Item")
 Encode = Callable[[Sequence[Item]], Sequence[Entry]]  # the entry of each item

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 # As diffusers' DiagonalGaussianDistribution clamps what a network may say of a variance.
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smalti.data.decode import Fit
-from smalti.types import UserError
+from smalti.errors import UserError
 
 # (path or key, why it cannot be used)
 Skipped = tuple[tuple[str, str], ...]

@@ -11,7 +11,7 @@ from torch import Tensor
 from smalti.data.decode import Fit, UnreadablePicture, decode_picture, fit_picture
 from smalti.data.listing import Listing
 from smalti.data.rows import to_signed_unit
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _LONGEST_GAP = 100  # rows in a row that cannot be read: then it is not the pictures
 

@@ -15,7 +15,7 @@ from smalti.data.listing import Listing, Skipped
 from smalti.data.on_demand import PicturesOnDemand, fitted_picture
 from smalti.data.rows import PicturesInMemory, TrainingRows
 from smalti.data.sources import DataConfig, list_pictures
-from smalti.types import UserError
+from smalti.errors import UserError
 
 MEMORY_LIMIT = 2**30  # bytes of pictures at the target's size that are decoded once and kept
 _HEADER = 2**16  # bytes that hold a picture's header, nearly always

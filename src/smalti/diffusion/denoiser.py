@@ -7,8 +7,9 @@ from torch import Tensor
 
 from smalti.diffusion.prediction import input_scale, per_sample, x0_from_output
 from smalti.diffusion.process import Process
+from smalti.errors import UserError
 from smalti.rng import widest_float
-from smalti.types import Backbone, Condition, Denoiser, UserError
+from smalti.types import Backbone, Condition, Denoiser
 
 
 @runtime_checkable

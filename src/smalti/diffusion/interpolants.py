@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from smalti.diffusion.process import Process
+from smalti.errors import UserError
 from smalti.rng import widest_float
-from smalti.types import UserError
 
 _BISECTIONS = 64  # halvings of [0, 1] down to float64's precision
 

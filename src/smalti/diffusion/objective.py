@@ -19,7 +19,8 @@ from smalti.diffusion.prediction import (
 from smalti.diffusion.process import Process
 from smalti.diffusion.variance_preserving import VPDiscrete
 from smalti.diffusion.variational_bound import variational_bound
-from smalti.types import Backbone, Condition, UserError
+from smalti.errors import UserError
+from smalti.types import Backbone, Condition
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smalti.diffusion.process import Process
-from smalti.types import unknown_name
+from smalti.errors import unknown_name
 
 PredictionType = Literal["eps", "x0", "v", "velocity", "edm"]
 

@@ -17,7 +17,7 @@ from smalti.diffusion.variance_preserving import (
     cosine_betas,
     linear_betas,
 )
-from smalti.types import UserError, unknown_name
+from smalti.errors import UserError, unknown_name
 
 __all__ = [
     "EDM",

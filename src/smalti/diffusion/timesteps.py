@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smalti.diffusion.process import Process
 from smalti.diffusion.processes import GVP, Interpolant, LinearInterpolant, RectifiedFlow
-from smalti.types import UserError
+from smalti.errors import UserError
 
 Times = TypeVar("Times", float, Tensor, NDArray[np.float64])
 

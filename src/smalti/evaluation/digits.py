@@ -10,12 +10,12 @@ import torch
 
 from smalti.data.digits import load_digits
 from smalti.data.rows import to_signed_unit
+from smalti.errors import UserError
 from smalti.evaluation.frechet import Estimate, bootstrap, frechet_distance
 from smalti.evaluation.judge import held_out_accuracy, judge_features, load_judge
 from smalti.pipeline import load
 from smalti.run_folder import RunFolder, finite_json, write_json
 from smalti.sampling.guided import GuidanceOptions
-from smalti.types import UserError
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from rich.table import Table
 
+from smalti.errors import UserError
 from smalti.interop.load import load_backbone
 from smalti.training.snapshots import Reconstruction
 from smalti.training.validation import validation_of_run
-from smalti.types import Backbone, UserError
+from smalti.types import Backbone
 
 
 def validation_losses(

@@ -7,10 +7,11 @@ from pathlib import Path
 from smalti import rng
 from smalti.checkpoint import list_checkpoints
 from smalti.data.digits import load_digits
+from smalti.errors import UserError
 from smalti.pipeline import load
 from smalti.run_folder import RunFolder
 from smalti.sampling.ems import EMS, SECANT_WIDTH, estimate_ems
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 
 def estimate_run_ems(

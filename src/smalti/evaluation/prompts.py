@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smalti.data.rows import PicturesInMemory
+from smalti.errors import UserError
 from smalti.evaluation.frechet import Estimate
 from smalti.evaluation.retrieval import (
     RetrievalConfig,
@@ -20,7 +21,6 @@ from smalti.pipeline import load
 from smalti.run_folder import RunFolder, cache_folder, write_json
 from smalti.sampling.guided import GuidanceOptions
 from smalti.training.data import open_run_rows
-from smalti.types import UserError
 
 NUM_CANDIDATES = 200
 _SHOWN = 48

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from smalti.data.digits import load_digits
 from smalti.data.rows import to_signed_unit
+from smalti.errors import UserError
 from smalti.evaluation.frechet import frechet_distance
 from smalti.evaluation.judge import Judge, judge_features, load_judge
 from smalti.pipeline import Pipeline, load
 from smalti.run_folder import RunFolder, finite_json, write_json
-from smalti.types import UserError
 
 _FIRST_IMAGES = 100  # samples of every setting in the first round; each round keeps a third and doubles them
 _SOLVERS = ("dpmpp_2m", "dpmpp_3m", "unipc_2", "dpmpp_sde_2m", "edm_heun", "ddim")

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.interop.formats import Format, Original, config_values
 from smalti.interop.layout import Layout, Rule, joined, renamed, reshaped, rules_for_blocks, swapped_halves
 from smalti.models.amused import AmusedConfig
-from smalti.types import UserError
 
 _CLASS = "UVit2DModel"
 

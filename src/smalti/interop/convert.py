@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smalti.config import RunConfig
+from smalti.errors import UserError, unknown_name
 from smalti.interop.files import write_folder, write_safetensors
 from smalti.interop.formats import Original, format_of_config
 from smalti.interop.load import Weights, read_weights, write_network
@@ -13,7 +14,6 @@ from smalti.interop.schedulers import scheduler_config
 from smalti.interop.surgery import adapt, without_attention_scale
 from smalti.models.dit import DiTConfig
 from smalti.run_folder import read_config, write_json
-from smalti.types import UserError, unknown_name
 
 Target = Literal["smalti", "diffusers", "original"]
 _PIPELINE_CLASSES = 1000  # diffusers' DiTPipeline guides with the null label 1000, whatever the network has

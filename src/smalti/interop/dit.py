@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.interop.formats import LEGACY_FIELDS, Format, Original, config_values, depth_of
 from smalti.interop.layout import (
     Layout,
@@ -21,7 +22,6 @@ from smalti.interop.layout import (
 )
 from smalti.models.dit import DiTConfig, dit_presets
 from smalti.nn.positions import sincos_grid
-from smalti.types import UserError
 
 _CLASS = "DiTTransformer2DModel"
 

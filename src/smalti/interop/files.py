@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smalti.data.fingerprint import tensor_digest
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _INDEX = ".safetensors.index.json"
 WEIGHTS = "diffusion_pytorch_model"  # the stem that diffusers gives a network's files

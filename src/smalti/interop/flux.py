@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.interop.formats import Format, Original, config_values
 from smalti.interop.layout import (
     Layout,
@@ -17,7 +18,6 @@ from smalti.interop.layout import (
     with_bias,
 )
 from smalti.models.flux import FluxConfig
-from smalti.types import UserError
 
 _CLASS = "FluxTransformer2DModel"
 _PACKED = 4  # values of a 2 x 2 patch of one channel: their channels count packed latents

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from smalti.errors import UserError, unknown_name
 from smalti.interop.layout import Layout
 from smalti.models.registry import ModelConfig
-from smalti.types import UserError, unknown_name
 
 # The published DiT and PixArt folders were written when diffusers had one class for both, told apart by norm_type.
 LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 Tensors = tuple[Tensor, ...]
 _LISTED = 8  # keys that an error names before it only counts

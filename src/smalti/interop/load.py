@@ -14,12 +14,12 @@ from smalti.checkpoint import CheckpointError, list_checkpoints, named_checkpoin
 from smalti.conditioning.prompted import PromptedNetwork
 from smalti.conditioning.tiny import TinyTextConfig, TinyTextEncoder
 from smalti.config import model_from_json, to_json
+from smalti.errors import UserError
 from smalti.interop.files import read_folder, read_pickle, read_safetensors, write_safetensors
 from smalti.interop.formats import format_of_class, original_of_tensors
 from smalti.interop.layout import Layout, check_tensors
 from smalti.models.registry import ModelConfig, network_of
 from smalti.run_folder import RunFolder, read_config, write_json
-from smalti.types import UserError
 
 _NETWORK, _WEIGHTS = "network.json", "network.safetensors"  # of a bare network in our own format
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "module.", "model.")

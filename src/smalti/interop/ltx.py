@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.interop.formats import Format, Original, config_values
 from smalti.interop.layout import Layout, Rule, joined_with_bias, renamed, rules_for_blocks, with_bias
 from smalti.models.ltx import LTXConfig
-from smalti.types import UserError
 
 _CLASS = "LTXVideoTransformer3DModel"
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.interop.formats import LEGACY_FIELDS, Format, Original, config_values, depth_of
 from smalti.interop.layout import (
     Layout,
@@ -25,7 +26,6 @@ from smalti.interop.layout import (
 from smalti.models.pixart import PixArtConfig, pixart_presets
 from smalti.models.sana import SanaConfig
 from smalti.nn.positions import rescaled_sincos_grid
-from smalti.types import UserError
 
 _CLASS = "PixArtTransformer2DModel"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _DTYPES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,

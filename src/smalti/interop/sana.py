@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.interop.formats import Format, Original, config_values, depth_of
 from smalti.interop.layout import Layout, Rule, patch_convolution, renamed, reshaped, rules_for_blocks, with_bias
 from smalti.interop.pixart import (
@@ -18,7 +19,6 @@ from smalti.interop.pixart import (
     original_interpolation_scale,
 )
 from smalti.models.sana import SanaConfig, sana_presets
-from smalti.types import UserError
 
 _CLASS = "SanaTransformer2DModel"
 _QK_NORM = "rms_norm_across_heads"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _BETAS = {

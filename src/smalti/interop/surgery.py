@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.interop.load import Weights
 from smalti.models.dit import DiTConfig
 from smalti.models.mmdit import MMDiTConfig
 from smalti.models.registry import ModelConfig, build_model, network_of
 from smalti.models.uvit import UViTConfig
-from smalti.types import UserError
 
 Sources = list[tuple[int, bool]]  # for each new block: the old one it comes from, and whether it is there again
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from smalti.errors import UserError
 from smalti.interop.formats import Format, config_values
 from smalti.interop.layout import Layout, Rule, joined_with_bias, renamed, with_bias
 from smalti.models.unet import UNetConfig
-from smalti.types import UserError
 
 _CLASS = "UNet2DModel"
 _PLAIN = {"conv": ("DownBlock2D", "UpBlock2D"), "residual": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")}

@@ -5,10 +5,10 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.interop.formats import Format, Original
 from smalti.interop.layout import Layout, Rule, renamed, reshaped, rules_for_blocks, with_bias
 from smalti.models.uvit import UViTConfig, uvit_presets
-from smalti.types import UserError
 
 
 def _no_diffusers_class(_: Any) -> NoReturn:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.interop.formats import Format, Original, config_values
 from smalti.interop.layout import (
     Layout,
@@ -26,7 +27,6 @@ from smalti.interop.layout import (
     with_bias,
 )
 from smalti.models.video_dit import VideoDiTConfig
-from smalti.types import UserError
 
 _CLASS = "CogVideoXTransformer3DModel"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.interop.formats import Format, Original, config_values
 from smalti.interop.layout import (
     Layout,
@@ -19,7 +20,6 @@ from smalti.interop.layout import (
     with_bias,
 )
 from smalti.models.zimage import ZImageConfig
-from smalti.types import UserError
 
 _CLASS = "ZImageTransformer2DModel"
 

@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.attention import CrossAttention, RMSNorm, SelfAttention, attention_flops
 from smalti.nn.embeddings import VectorEmbedder, sinusoid
 from smalti.nn.feedforward import FeedForward, feedforward_flops
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 _TEXT_ATTENTION_EPS = 1e-6  # of the norms in the convolutional stages' attention: not norm_eps
 _RESPONSE_EPS = 1e-6

@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.attention import SelfAttention, attention_flops, shallow_copy
 from smalti.nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from smalti.nn.feedforward import Activation, FeedForward, feedforward_flops, gated_width
 from smalti.nn.modulation import modulate
 from smalti.nn.positions import rope_angles_2d, sincos_grid
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 _NORM_EPS = 1e-6
 

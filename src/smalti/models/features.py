@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from smalti.types import Condition, unknown_name
+from smalti.errors import unknown_name
+from smalti.types import Condition
 
 
 def feature_names(model: nn.Module) -> list[str]:

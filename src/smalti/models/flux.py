@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.attention import RMSNorm, attention, attention_flops, merge_heads, split_qkv
 from smalti.nn.double_stream import DoubleStreamBlock, double_stream_flops, joint_mask, modulation_rows
 from smalti.nn.embeddings import TimestepEmbedder, VectorEmbedder, patchify, unpatchify
 from smalti.nn.feedforward import gelu_tanh
 from smalti.nn.modulation import modulate
 from smalti.nn.positions import rope_grid, rotate_pairs
-from smalti.types import Condition, UserError, required_field
+from smalti.types import Condition, required_field
 
 _NORM_EPS = 1e-6
 _MLP_RATIO = 4

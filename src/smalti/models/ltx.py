@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.attention import CrossAttention, SelfAttention, attention_flops
 from smalti.nn.embeddings import TimestepEmbedder, patchify_video, unpatchify_video
 from smalti.nn.feedforward import FeedForward, feedforward_flops
 from smalti.nn.modulation import modulate, scale_and_shift
 from smalti.nn.positions import spread_over_grid
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 _QK_NORM_EPS = 1e-5
 _OUTPUT_NORM_EPS = 1e-6

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.double_stream import DoubleStreamBlock, double_stream_flops, joint_mask, modulation_rows
 from smalti.nn.embeddings import TimestepEmbedder, VectorEmbedder, patchify, unpatchify
 from smalti.nn.modulation import modulate
 from smalti.nn.positions import sincos_positions_2d
-from smalti.types import Condition, UserError, required_field
+from smalti.types import Condition, required_field
 
 _NORM_EPS = 1e-6
 _MLP_RATIO = 4

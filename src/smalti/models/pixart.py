@@ -32,12 +32,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.attention import CrossAttention, SelfAttention, attention_flops
 from smalti.nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from smalti.nn.feedforward import FeedForward, feedforward_flops
 from smalti.nn.modulation import modulate
 from smalti.nn.positions import rescaled_sincos_grid
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 _OUTPUT_NORM_EPS = 1e-6
 _SINUSOID_WIDTH = 256

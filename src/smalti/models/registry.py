@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from smalti.errors import unknown_name
 from smalti.models import amused, dit, flux, ltx, mmdit, pixart, sana, unet, uvit, video_dit, zimage
 from smalti.models.amused import Amused, AmusedConfig
 from smalti.models.dit import DiT, DiTConfig
@@ -19,7 +20,6 @@ from smalti.models.unet import UNet, UNetConfig
 from smalti.models.uvit import UViT, UViTConfig
 from smalti.models.video_dit import VideoDiT, VideoDiTConfig
 from smalti.models.zimage import ZImage, ZImageConfig
-from smalti.types import unknown_name
 
 # The union of all config_types below; those that recipes train (image_size, in_channels), told a label or a text.
 ModelConfig = (

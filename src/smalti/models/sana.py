@@ -36,12 +36,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.attention import CrossAttention, RMSNorm, attention_flops, merge_heads
 from smalti.nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from smalti.nn.feedforward import FeedForward
 from smalti.nn.modulation import modulate
 from smalti.nn.positions import rescaled_sincos_grid
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 _OUTPUT_NORM_EPS = 1e-6
 _RMS_EPS = 1e-5

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.attention import SelfAttention, attention_flops
 from smalti.nn.embeddings import TimestepEmbedder
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 
 @dataclass(frozen=True)

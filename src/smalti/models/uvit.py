@@ -22,10 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.attention import SelfAttention, attention_flops
 from smalti.nn.embeddings import VectorEmbedder, patchify, sinusoid, unpatchify
 from smalti.nn.feedforward import FeedForward, feedforward_flops
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 _NORM_EPS = 1e-5
 

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.attention import SelfAttention, attention, attention_flops, merge_heads
 from smalti.nn.embeddings import TimestepEmbedder, patchify_video, unpatchify_video
 from smalti.nn.feedforward import FeedForward, feedforward_flops
@@ -43,7 +44,7 @@ from smalti.nn.positions import (
     spread_over_grid,
 )
 from smalti.rng import widest_float
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 _QK_NORM_EPS = 1e-6
 _ROPE_THETA = 10000.0

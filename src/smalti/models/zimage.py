@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.attention import RMSNorm, SelfAttention, attention_flops
 from smalti.nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from smalti.nn.feedforward import FeedForward, feedforward_flops
 from smalti.nn.positions import rope_angles, rope_grid
-from smalti.types import Condition, UserError, required_field
+from smalti.types import Condition, required_field
 
 _TOKEN_MULTIPLE = 32  # both sequences are filled up to a multiple of this
 _QK_NORM_EPS = 1e-5

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 # Each kind has `averages`: what the run keeps, the first of which validates and draws samples.
 

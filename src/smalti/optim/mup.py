@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from smalti.conditioning.prompted import PromptedNetwork
+from smalti.errors import UserError
 from smalti.models.dit import DiTConfig
 from smalti.models.mmdit import MMDiTConfig
 from smalti.models.registry import ModelConfig, build_model, network_of
 from smalti.models.uvit import UViTConfig
-from smalti.types import UserError
 
 Role = Literal["input", "hidden", "readout", "vector", "fixed"]
 ScalableModelConfig = DiTConfig | MMDiTConfig | UViTConfig

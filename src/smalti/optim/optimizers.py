@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.nn.sharded import is_sharded, like_shard, local_tensor, whole_tensor
 from smalti.optim.mup import WidthScale
 from smalti.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeConfig
-from smalti.types import UserError
 
 # Coefficients of Newton-Schulz steps on the singular values, each optimal for the range the step before leaves.
 # Source: Amsel et al. 2025, "The Polar Express", algorithm 2 (with its safety factor), for five steps.

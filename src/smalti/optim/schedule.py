@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _ONLY_IF_DECAYING = {"only_if": ("decay", ("linear", "cosine", "sqrt"))}
 

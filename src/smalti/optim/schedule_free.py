@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from smalti.types import UserError
+from smalti.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from smalti.config import RunConfig
+from smalti.errors import unknown_name
 from smalti.recipes.digits import mnist, mnist_ddpm
 from smalti.recipes.pictures import emoji_32, emoji_64_latent, fashion, folder
-from smalti.types import unknown_name
 
 _RECIPES: dict[str, Callable[[], RunConfig]] = {
     "mnist": mnist,

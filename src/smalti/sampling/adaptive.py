@@ -8,8 +8,9 @@ from torch import Tensor
 
 from smalti.diffusion.prediction import convert_prediction, per_sample
 from smalti.diffusion.processes import Process
+from smalti.errors import UserError
 from smalti.rng import widest_float
-from smalti.types import Condition, Denoiser, UserError
+from smalti.types import Condition, Denoiser
 
 # Source: Dormand and Prince 1980, table 2 (RK5(4)7M): nodes, stages, and the difference of the two results' weights.
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)

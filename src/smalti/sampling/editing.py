@@ -7,9 +7,10 @@ from torch import Tensor
 
 from smalti.diffusion.objective import noisy_input
 from smalti.diffusion.processes import Process
+from smalti.errors import UserError
 from smalti.rng import widest_float
 from smalti.sampling.wrapped import Estimate, Estimator, WrappedDenoiser
-from smalti.types import Condition, Denoiser, UserError
+from smalti.types import Condition, Denoiser
 
 
 def strength_to_start(process: Process, strength: float) -> float:

@@ -21,7 +21,8 @@ from torch import Tensor
 from smalti import rng
 from smalti.diffusion.prediction import per_sample
 from smalti.diffusion.process import Process
-from smalti.types import Condition, Denoiser, UserError
+from smalti.errors import UserError
+from smalti.types import Condition, Denoiser
 
 # In lambda. Within it a network's own fine wiggles outweigh the curvature that a solver's step can use: exact
 # derivatives (width 0) made the solver worse than DPM-Solver++ on a trained run, see docs/LOG.md.

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
-from smalti.types import UserError, unknown_name
+from smalti.errors import UserError, unknown_name
 
 Times = NDArray[np.float64]
 

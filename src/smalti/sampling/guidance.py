@@ -13,9 +13,10 @@ from torch import Tensor
 from smalti.diffusion.denoiser import NetworkDenoiser
 from smalti.diffusion.prediction import convert_prediction, prediction_types
 from smalti.diffusion.processes import Process
+from smalti.errors import UserError, unknown_name
 from smalti.sampling.guidance_schedules import GuidanceScale, check_scale, is_off, name_scale, scale_at
 from smalti.sampling.wrapped import Estimate, Estimator, WrappedDenoiser, x0_alone
-from smalti.types import Backbone, Condition, Denoiser, UserError, concat_conditions, unknown_name
+from smalti.types import Backbone, Condition, Denoiser, concat_conditions
 
 
 def _check_rows(field: str, cond: Condition, batch: int) -> None:

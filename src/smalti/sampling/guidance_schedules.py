@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smalti.diffusion.prediction import per_sample
 from smalti.diffusion.processes import Process
-from smalti.types import UserError
+from smalti.errors import UserError
 
 GuidanceSchedule = Callable[[Tensor], Tensor]
 GuidanceScale = float | Tensor | GuidanceSchedule

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from smalti.diffusion.processes import Process
+from smalti.errors import UserError
 from smalti.sampling.guidance import (
     AdaptiveProjectedGuidance,
     ClassifierFreeGuidance,
@@ -13,7 +14,7 @@ from smalti.sampling.guidance import (
     RescaledGuidance,
 )
 from smalti.sampling.guidance_schedules import CosineScale, GuidanceScale, IntervalScale, LinearScale, is_off
-from smalti.types import Condition, Denoiser, UserError
+from smalti.types import Condition, Denoiser
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from torch import Tensor
 from smalti import rng
 from smalti.diffusion.denoiser import x0_and_variance
 from smalti.diffusion.processes import Process
+from smalti.errors import UserError
 from smalti.sampling.wrapped import Estimator, x0_alone
-from smalti.types import Condition, Denoiser, UserError
+from smalti.types import Condition, Denoiser
 
 Row = NDArray[np.float64]  # one linear combination of [registers..., x0, z]
 Terms = tuple[tuple[int, float | Tensor], ...]  # the same, sparse: (column, coefficient)

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from smalti.errors import UserError
 from smalti.sampling.plan import Plan
-from smalti.types import UserError
 
 
 def plot_plan(plan: Plan, path: Path) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from smalti.diffusion.prediction import per_sample
+from smalti.errors import UserError
 from smalti.sampling.wrapped import Estimate, Estimator, WrappedDenoiser
-from smalti.types import Condition, Denoiser, UserError
+from smalti.types import Condition, Denoiser
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from smalti.config import Budget, from_json, to_json
 from smalti.data.latents import sample_moments, split_moments
 from smalti.data.order import batch_indices
 from smalti.data.rows import TrainingRows
+from smalti.errors import UserError
 from smalti.images import grid_picture
 from smalti.optim.ema import ExponentialEma, PowerEma, update_ema
 from smalti.optim.optimizers import AdamWConfig, build_optimizers
@@ -25,7 +26,6 @@ from smalti.run_folder import write_json
 from smalti.training.display import TrainingDisplay, terminal_display
 from smalti.training.failure import TrainingDiverged
 from smalti.training.loop import budget_progress
-from smalti.types import UserError
 
 _RECORD, PICTURE = "training.json", "reconstructions.png"
 _SHOWN = 16  # pictures in the picture

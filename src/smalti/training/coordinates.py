@@ -16,6 +16,7 @@ from smalti.conditioning.prompted import PromptedNetwork
 from smalti.config import RunConfig
 from smalti.diffusion.objective import per_sample_loss
 from smalti.diffusion.processes import make_process
+from smalti.errors import UserError
 from smalti.models.features import forward_with_features
 from smalti.optim.optimizers import MuonConfig, OptimizerConfig
 from smalti.pipeline_arguments import PromptEncoder
@@ -23,7 +24,7 @@ from smalti.training.batch import Batch, training_batch
 from smalti.training.data import RunData, caption_tokenizer, open_run_data, pretrained_encoder
 from smalti.training.state import new_state
 from smalti.training.widths import PARAMETRISATIONS, Parametrisation, at_width, check_widths
-from smalti.types import Condition, UserError
+from smalti.types import Condition
 
 FLAT = 0.2  # slopes of log2 size against log2 width within this are flat: finite widths are not quite the limit
 

@@ -17,12 +17,12 @@ from smalti.data.latents import LatentStatistics
 from smalti.data.listing import Skipped
 from smalti.data.opening import OpenedRows, open_buckets, open_rows
 from smalti.data.rows import TrainingRows
+from smalti.errors import UserError
 from smalti.models.unet import UNetConfig
 from smalti.pipeline import Decoder, latent_decoder, read_statistics, read_tokenizer
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, cache_folder, write_text
 from smalti.training.display import TrainingDisplay
-from smalti.types import UserError
 
 _NAMED = 5  # skipped files that are named one by one
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from smalti.config import RunConfig
 from smalti.diffusion.objective import per_sample_loss
 from smalti.diffusion.processes import make_process
+from smalti.errors import UserError
 from smalti.run_folder import RunFolder, read_config, write_json
 from smalti.training.batch import Batch
 from smalti.training.forward import product_precision
 from smalti.training.state import new_state
-from smalti.types import Backbone, Condition, UserError
+from smalti.types import Backbone, Condition
 
 _NAMED = 8  # rows, modules and gradients that are listed one by one
 

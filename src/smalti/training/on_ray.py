@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from smalti.config import RunConfig, from_json, to_json
+from smalti.errors import UserError
 from smalti.training.loop import TrainingResult, train
 from smalti.training.parallel import Sharding, check_divisible
-from smalti.types import UserError
 
 
 def train_on_ray(
@@ -63,13 +63,13 @@ def train_on_ray(
     return read_record(RunFolder(out))
 
 
-def _train_as_worker(arguments: dict[str, Any]) -> TrainingResult:
+def _train_as_worker(arguments: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
     torch.set_num_threads(arguments["threads"])
     device = str(get_device()) if arguments["gpus"] else "cpu"
-    return train(
+    train(
         from_json(RunConfig, arguments["config"]),
         Path(arguments["out"]),
         resume=arguments["resume"],

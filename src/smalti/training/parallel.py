@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from smalti.errors import UserError
 from smalti.training.watch import Progress, RankLost, Watch
-from smalti.types import UserError
 
 Result = TypeVar("Result")
 Sharding = Literal["ddp", "fsdp"]

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from smalti.config import RunConfig, flat_json
+from smalti.errors import UserError
 from smalti.run_folder import RunFolder, read_config, write_config
-from smalti.types import UserError
 
 _LOCK, _HOLDER = ".lock", ".lock-holder"
 # What --resume may change: none of it has a part in what is learnt, except the budget, by its schedule.

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from smalti.checkpoint import list_checkpoints, read_checkpoint, remove_half_written, save_checkpoint, step_name
+from smalti.errors import UserError
 from smalti.nn.sharded import whole_tensor
 from smalti.optim.ema import EmaConfig, PostHocEma
 from smalti.optim.post_hoc import Combination, PowerProfile, combine_profiles
 from smalti.run_folder import RunFolder, read_config
 from smalti.training.parallel import Ranks
 from smalti.training.state import TrainingState
-from smalti.types import UserError
 
 
 def take_snapshot_if_due(

@@ -11,6 +11,7 @@ from smalti.checkpoint import Checkpoint
 from smalti.conditioning.prompted import PromptedNetwork, build_prompted_network
 from smalti.conditioning.tiny import TinyTextConfig
 from smalti.config import RunConfig, flat_json
+from smalti.errors import UserError
 from smalti.interop.load import read_weights
 from smalti.models.registry import build_model
 from smalti.nn.sharded import like_shard, local_tensor
@@ -19,7 +20,6 @@ from smalti.optim.mup import rescale_initial_weights
 from smalti.optim.optimizers import build_optimizers
 from smalti.training.loss_scale import LossScale
 from smalti.training.parallel import Ranks, Sharding, shard
-from smalti.types import UserError
 
 _KEPT_VALIDATIONS = 4
 

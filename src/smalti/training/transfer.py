@@ -20,13 +20,13 @@ from typing import Any, Self
 import filelock
 
 from smalti.config import Budget, RunConfig, to_json
+from smalti.errors import UserError
 from smalti.optim.ema import ExponentialEma
 from smalti.run_folder import finite_json
 from smalti.training.coordinates import with_learning_rate
 from smalti.training.failure import TrainingDiverged
 from smalti.training.loop import train
 from smalti.training.widths import PARAMETRISATIONS, Parametrisation, at_width, check_widths
-from smalti.types import UserError
 
 _RESULTS, _CELLS = "results.jsonl", "cells"
 _CHECKPOINT_EVERY = 100  # steps: what a killed cell loses at most

@@ -10,12 +10,13 @@ from smalti.config import RunConfig
 from smalti.diffusion.objective import per_sample_loss
 from smalti.diffusion.process import Process
 from smalti.diffusion.processes import make_process
+from smalti.errors import UserError
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, read_config
 from smalti.training.batch import Batch, validation_batches
 from smalti.training.data import caption_features, kept_tokenizer, open_run_data, pretrained_encoder
 from smalti.training.parallel import Ranks
-from smalti.types import Backbone, UserError
+from smalti.types import Backbone
 
 _ALONE = Ranks()
 

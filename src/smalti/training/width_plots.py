@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from smalti.errors import UserError
 from smalti.training.coordinates import CoordinateCheck
 from smalti.training.transfer import Transfer
 from smalti.training.widths import PARAMETRISATIONS, Parametrisation
-from smalti.types import UserError
 
 _TITLES: dict[Parametrisation, str] = {"standard": "standard parametrisation", "mup": "muP"}
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Literal
 
 from smalti.config import RunConfig, check_parts
+from smalti.errors import UserError
 from smalti.optim.mup import MuP, attention_scale, head_width, scalable, with_width
-from smalti.types import UserError
 
 Parametrisation = Literal["standard", "mup"]
 PARAMETRISATIONS: tuple[Parametrisation, ...] = ("standard", "mup")

@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from smalti.config import RunConfig, WriterName, to_json
+from smalti.errors import UserError
 from smalti.run_folder import RunFolder, write_json
 from smalti.training.append_log import AppendLog
-from smalti.types import UserError
 
 _EXTRAS = {"wandb": "track", "trackio": "track"}  # the pip extra that a package is in; TensorBoard is always there
 

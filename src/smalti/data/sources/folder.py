@@ -23,7 +23,7 @@ from smalti.data.listing import (
     one_caption,
     read_file,
 )
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _EMOJI = "emoji"  # where `smalti data emoji` writes and the emoji recipes read
 _HELD_OUT_FOLDERS = ("validation", "valid", "val", "test", "eval")

@@ -17,7 +17,7 @@ from smalti.data.listing import (
     labels_of,
     read_file,
 )
-from smalti.types import UserError, unknown_name
+from smalti.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True)

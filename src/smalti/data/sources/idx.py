@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smalti.data.listing import Listing, held_out_by_key, pgm_bytes
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _FASHION_MNIST = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"

@@ -25,7 +25,7 @@ from smalti.data.listing import (
     held_out_by_key,
     labels_of,
 )
-from smalti.types import UserError
+from smalti.errors import UserError
 
 _MEMBER = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
 _TEXT_FIELDS = ("text", "caption", "prompt")

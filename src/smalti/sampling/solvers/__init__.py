@@ -14,6 +14,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 
 from smalti.diffusion.processes import Process
+from smalti.errors import UserError, unknown_name
 from smalti.sampling.grids import explicit_grid, time_grid
 from smalti.sampling.plan import Plan
 from smalti.sampling.solvers.ancestral import ddim, ddpm
@@ -25,7 +26,6 @@ from smalti.sampling.solvers.interpolant import sde_euler, sde_heun
 from smalti.sampling.solvers.multistep import dpmpp_2m, dpmpp_3m, dpmpp_sde_1, dpmpp_sde_2m, dpmpp_sde_3m
 from smalti.sampling.solvers.singlestep import dpm_solver_1, dpm_solver_2, dpm_solver_3, dpmpp_2s, dpmpp_3s
 from smalti.sampling.solvers.unipc import unipc_2, unipc_3
-from smalti.types import UserError, unknown_name
 
 __all__ = ["SolverEntry", "check_option_names", "make_plan", "solver_entry", "solver_names"]
 

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
+from smalti.errors import UserError, unknown_name
 from smalti.sampling.plan import Plan, PlanDraft
 from smalti.sampling.solvers.nodes import implied_noise, nodes_of
-from smalti.types import UserError, unknown_name
 
 
 def ddim(process: Process, times: NDArray[np.float64], *, eta: float = 0.0) -> Plan:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
+from smalti.errors import UserError
 from smalti.sampling.ems import EMS, EMSIntegrals, ems_integrals, load_ems
 from smalti.sampling.plan import AffineRow, Plan, PlanDraft
 from smalti.sampling.solvers.nodes import (
@@ -24,7 +25,6 @@ from smalti.sampling.solvers.nodes import (
     multistep_order,
     nodes_of,
 )
-from smalti.types import UserError
 
 # An AffineRow holds a coefficient of one sample's shape for each column of the table, and a constant behind them.
 

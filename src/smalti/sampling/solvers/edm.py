@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
+from smalti.errors import UserError
 from smalti.sampling.grids import times_at
 from smalti.sampling.plan import Plan, PlanDraft, Row
 from smalti.sampling.solvers.nodes import Node, first_order, nodes_of
-from smalti.types import UserError
 
 
 def _churned(process: Process, node: Node, highest: Node, gamma: float) -> Node:

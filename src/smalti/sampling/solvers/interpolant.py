@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
+from smalti.errors import UserError, unknown_name
 from smalti.sampling.plan import Plan, PlanDraft, Row
 from smalti.sampling.solvers.flow import velocity, velocity_weights
 from smalti.sampling.solvers.nodes import Node, implied_noise, nodes_of
-from smalti.types import UserError, unknown_name
 
 
 def _sbdm(process: Process, node: Node) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
+from smalti.errors import unknown_name
 from smalti.sampling.plan import Plan, PlanDraft, Row
 from smalti.sampling.solvers.nodes import (
     ExponentialStep,
@@ -16,7 +17,6 @@ from smalti.sampling.solvers.nodes import (
     multistep_order,
     nodes_of,
 )
-from smalti.types import unknown_name
 
 
 def _differences(draft: PlanDraft, nodes: list[Node], i: int, order: int) -> tuple[Row, Row]:

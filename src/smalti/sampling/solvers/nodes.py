@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
+from smalti.errors import unknown_name
 from smalti.sampling.plan import PlanDraft, Row
-from smalti.types import unknown_name
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
+from smalti.errors import unknown_name
 from smalti.sampling.plan import Plan, PlanDraft, Row
 from smalti.sampling.solvers.nodes import (
     ExponentialStep,
@@ -21,7 +22,6 @@ from smalti.sampling.solvers.nodes import (
     nodes_of,
     noise_step,
 )
-from smalti.types import unknown_name
 
 
 def step_orders(calls: int, order: int, lower_order_final: bool) -> list[int]:

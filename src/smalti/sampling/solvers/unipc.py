@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smalti.diffusion.processes import Process
+from smalti.errors import unknown_name
 from smalti.sampling.plan import Plan, PlanDraft, Row
 from smalti.sampling.solvers.nodes import Node, ddim_weights, is_finite_step, multistep_order, nodes_of, phi
-from smalti.types import unknown_name
 
 
 def _weights(ratios: list[float], k: float, b: float) -> NDArray[np.float64]:
