@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import torch
 from torch import nn
 
@@ -20,28 +19,9 @@ from smalti.serving.engine import Engine, EngineSettings
 from smalti.serving.exact_batching import shares_exactly, with_fixed_heights
 from smalti.serving.faults import Faults
 from smalti.serving.messages import ModelCard, PictureEvent
+from smalti.serving.model_settings import ModelSettings
 
 _REGISTERS = 6  # x, an anchor and history: the most that a solver keeps, and one to spare
-
-
-class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How a worker loads and runs a model. device: "cpu", "cuda:0". threads: of its own, on a CPU.
-
-    exact: pictures do not depend, to the bit, on what shares their forwards; compile: torch.compile with padded
-    forwards, faster after a slow start, equal to rounding only. max_rows: of a forward. allow_faults: for chaos.
-    """
-
-    name: str
-    run: str
-    device: str = "cpu"
-    threads: int = 1
-    exact: bool = True
-    compile: bool = False
-    max_rows: int = 32
-    express_calls: int = 8
-    checkpoint_every: int = 5
-    aged_seconds: float = 10.0
-    allow_faults: bool = False
 
 
 def weights_hash(network: nn.Module) -> str:

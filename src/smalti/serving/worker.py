@@ -15,8 +15,9 @@ import msgspec
 from smalti.errors import UserError
 from smalti.serving.channel import BlockingChannel
 from smalti.serving.checkpoint_slots import CheckpointSlots
-from smalti.serving.loading import ModelSettings, load_engine
+from smalti.serving.loading import load_engine
 from smalti.serving.messages import Cancel, CannotServe, Draw, Ready, Slots, Stop, Tick, ToWorker
+from smalti.serving.model_settings import ModelSettings
 
 _IDLE_SECONDS = 1.0  # between heartbeats of a worker that has nothing to do
 _PR_SET_PDEATHSIG = 1
