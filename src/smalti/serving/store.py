@@ -225,5 +225,5 @@ def _unavailable(error: DBAPIError | PoolTimeout) -> Unavailable:
     return StorageDown(f"the job store does not answer ({type(cause or error).__name__})", 5.0)
 
 
-def _reason(error: DatabaseError) -> str:
+def _reason(error: DBAPIError) -> str:
     return str(error.orig).strip().splitlines()[0] if error.orig else type(error).__name__

@@ -36,6 +36,7 @@ from smalti.serving.messages import PictureOrder
 SCHEMA_VERSION = 1
 
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+WebhookStatus = Literal["pending", "delivered", "dead"]
 UNFINISHED: tuple[JobStatus, ...] = ("queued", "running")
 
 tables = MetaData()
@@ -347,30 +348,32 @@ def _job(row: Row[Any], drawn: tuple[JobPicture, ...]) -> Job:
 # --- the outbox of webhooks
 
 
-def due_webhooks(
-    connection: Connection, now: float, limit: int, not_these: Sequence[str], not_hosts: Sequence[str]
-) -> list[Webhook]:
-    """Messages to send now, the longest due first."""
+def next_webhook(
+    connection: Connection, now: float, not_these: Sequence[str], not_hosts: Sequence[str]
+) -> Webhook | None:
+    """The message that is due the longest."""
     columns = [webhooks.c[name] for name in Webhook.__dataclass_fields__]
-    query = (
-        select(*columns)
-        .where(webhooks.c.status == "pending", webhooks.c.due <= now)
-        .where(webhooks.c.id.not_in(list(not_these)), webhooks.c.host.not_in(list(not_hosts)))
-        .order_by(webhooks.c.due)
-        .limit(limit)
-    )
-    return [Webhook(**row._mapping) for row in connection.execute(query)]
+    conditions = (*_pending(not_these, not_hosts), webhooks.c.due <= now)
+    found = connection.execute(select(*columns).where(*conditions).order_by(webhooks.c.due).limit(1)).first()
+    return None if found is None else Webhook(**found._mapping)
 
 
-def next_due(connection: Connection) -> float | None:
+def next_due(connection: Connection, not_these: Sequence[str], not_hosts: Sequence[str]) -> float | None:
     """When the next message is due, or None without any."""
-    query = select(func.min(webhooks.c.due)).where(webhooks.c.status == "pending")
-    return connection.execute(query).scalar_one()
+    query = select(func.min(webhooks.c.due)).where(*_pending(not_these, not_hosts))
+    due: float | None = connection.execute(query).scalar_one()
+    return due
 
 
-def note_delivery(
-    connection: Connection, id: str, status: Literal["pending", "delivered", "dead"], due: float, error: str | None
-) -> None:
+def _pending(not_these: Sequence[str], not_hosts: Sequence[str]) -> tuple[Any, ...]:
+    return (
+        webhooks.c.status == "pending",
+        webhooks.c.id.not_in(list(not_these)),
+        webhooks.c.host.not_in(list(not_hosts)),
+    )
+
+
+def note_delivery(connection: Connection, id: str, status: WebhookStatus, due: float, error: str | None) -> None:
     """Keep what became of an attempt to send a message."""
     connection.execute(
         update(webhooks)
@@ -379,17 +382,11 @@ def note_delivery(
     )
 
 
-def webhook_of_job(connection: Connection, id: str) -> tuple[str, int, str | None] | None:
+def webhook_of_job(connection: Connection, id: str) -> tuple[WebhookStatus, int, str | None] | None:
     """Status, attempts and last error of a job's message."""
     columns = (webhooks.c.status, webhooks.c.attempts, webhooks.c.last_error)
     found = connection.execute(select(*columns).where(webhooks.c.job == id)).first()
     return None if found is None else (found[0], found[1], found[2])
-
-
-def count_webhooks(connection: Connection) -> dict[str, int]:
-    """Messages by status."""
-    query = select(webhooks.c.status, func.count()).group_by(webhooks.c.status)
-    return {status: count for status, count in connection.execute(query)}
 
 
 # --- facts
