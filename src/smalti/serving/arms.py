@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -124,6 +124,11 @@ def sticky_point(arm_set: str, key: str) -> float:
     return int.from_bytes(found[:6], "big") / 2**48
 
 
+def experiment_id(name: str, cards: Iterable[str]) -> str:
+    """Names an experiment by what it compares, so that a server which starts anew spreads keys as the last one did."""
+    return hashlib.sha256("\0".join([name, *sorted(cards)]).encode()).hexdigest()[:12]
+
+
 def choose_arm(weights: Sequence[float], point: float) -> int:
     """The arm in whose stretch of [0, 1) a point lies; stretches are as long as weights, the control's first.
 
@@ -209,7 +214,8 @@ class Arms:
             newest = [card for card in self.service.cards() if card.name == name]
             if not newest:
                 return None
-            self._sets[name] = _ArmSet(name, secrets.token_hex(6), [self._arm(newest[-1].key, 1.0)])
+            card = newest[-1].key
+            self._sets[name] = _ArmSet(name, experiment_id(name, [card]), [self._arm(card, 1.0)])
         return self._sets[name]
 
     def _arm(self, card: str, weight: float) -> _Arm:
@@ -253,7 +259,7 @@ class Arms:
         if not all(0 <= weight < float("inf") for weight in weights.values()) or not sum(weights.values()) > 0:
             raise UserError(f"weights={dict(weights)} must be numbers of at least 0, one of them above")
         if {arm.card for arm in arm_set.arms} != set(weights):
-            arm_set.id = secrets.token_hex(6)
+            arm_set.id = experiment_id(name, weights)
         arms = [replace(arm_set.arm(card) or self._arm(card, 0.0), weight=weight) for card, weight in weights.items()]
         arm_set.arms = arms
         if (None if arm_set.shadow is None else arm_set.shadow.card) != shadow:
