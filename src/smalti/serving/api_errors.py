@@ -135,9 +135,9 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if kind == "json_invalid":
         return invalid(f"the body is not JSON: {context.get('error')} at character {place[-1]}", None, "invalid_json")
-    if kind == "unknown_parameter":
+    if "field" in context:
         return invalid(first["msg"] + others, param, kind)
-    if not place:
+    if param is None:
         return invalid("the body must be a JSON object, sent with content-type: application/json", None, "invalid_body")
     if kind == "missing":
         return invalid(f"{param} is missing{others}", param, "missing_required_parameter")

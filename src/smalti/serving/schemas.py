@@ -103,9 +103,8 @@ class PictureRequest(StrictRequest):
     @model_validator(mode="after")
     def _seeds_exist(self) -> Self:
         if self.seed is not None and self.seed + (self.n or 1) - 1 > LARGEST_SEED:
-            raise PydanticCustomError(
-                "seed", "seed + n - 1 must be at most {largest}", {"field": "seed", "largest": LARGEST_SEED}
-            )
+            context = {"field": "seed", "largest": LARGEST_SEED}
+            raise PydanticCustomError("invalid_value", "seed + n - 1 must be at most {largest}", context)
         return self
 
 
