@@ -9,7 +9,7 @@ import os
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from smalti.serving.store_tables import SCHEMA_VERSION, facts, tables
 Result = TypeVar("Result")
 Operation = Callable[[Connection], Result]
 
-_BUSY_MILLISECONDS = 10_000
+_BUSY_SECONDS = 10.0
 _OWNER_SECONDS = 5.0  # a killed server's lock is gone at once; a stopping one's soon
 _OWNER_LOCK = 0x536D616C7469  # "Smalti"
 _DISK_FULL_STATES = ("53100", "53000")  # PostgreSQL: disk_full, insufficient_resources
@@ -138,24 +138,22 @@ def _sqlite_engine(url: URL, name: str) -> Engine:
     # Prompts and pictures are their owner's: the file, and with it SQLite's two others, are not for other users.
     try:
         os.close(os.open(str(url.database), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise UserError(f"job store {name} cannot be opened: {error.strerror}") from None
-    engine = create_engine(url, pool_size=4, max_overflow=0, connect_args={"timeout": _BUSY_MILLISECONDS / 1000})
+        with closing(sqlite3.connect(str(url.database), timeout=_BUSY_SECONDS)) as connection:
+            # These stay with the file. Each connection that set them again would wait for the one that writes.
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # swept pictures give their room back to the disk
+            connection.execute("PRAGMA journal_mode = WAL")
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(f"job store {name} cannot be opened: {error}") from None
+    engine = create_engine(url, pool_size=4, max_overflow=0, connect_args={"timeout": _BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def _connected(connection: sqlite3.Connection, _: object) -> None:
         connection.isolation_level = None  # begin is ours to send, below
-        for pragma in (
-            f"busy_timeout = {_BUSY_MILLISECONDS}",
-            "auto_vacuum = INCREMENTAL",  # swept pictures give their room back to the disk
-            "journal_mode = WAL",
-            # FULL: an answer of 202 promises the job, also when the power fails right after it. NORMAL would lose the
-            # last commits then; the price is one fsync a commit, 3.6 ms on the disk this was written on.
-            "synchronous = FULL",
-            "foreign_keys = ON",
-            "journal_size_limit = 16777216",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
+        # FULL: an answer of 202 promises the job, also when the power fails right after it. NORMAL would lose the last
+        # commits then; the price is one fsync a commit, 3.6 ms on the disk this was written on.
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA journal_size_limit = 16777216")
 
     @event.listens_for(engine, "begin")
     def _begun(connection: Connection) -> None:
@@ -166,7 +164,7 @@ def _sqlite_engine(url: URL, name: str) -> Engine:
 
 
 def _own_file(url: URL, name: str) -> Callable[[], None]:
-    lock = FileLock(f"{url.database}.lock", mode=0o600)
+    lock = FileLock(f"{url.database}.lock", mode=0o600, thread_local=False)  # close has a thread of its own
     try:
         lock.acquire(timeout=_OWNER_SECONDS)
     except Timeout:
