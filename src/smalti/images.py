@@ -1,5 +1,6 @@
 """Tensors to pictures: PIL images and grids."""
 
+import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -62,8 +63,26 @@ def read_picture(path: Path, field: str, channels: int) -> Tensor:
     Raises UserError naming field where the file is missing or no picture.
     """
     try:
-        with Image.open(path) as picture:
-            array = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise UserError(f"{field} {path} cannot be read as a picture: {error}") from None
+    return decode_picture(content, f"{field} {path}", channels)
+
+
+def decode_picture(content: bytes, field: str, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+    """The bytes of a picture file in [-1, 1], [channels, height, width], 1 (grey) or 3 (RGB) channels.
+
+    size: (height, width) that it must have. Raises UserError naming field for another size and for what is no picture.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            if size is not None and (picture.height, picture.width) != size:
+                raise UserError(
+                    f"{field} is {picture.width}x{picture.height}, this network draws {size[1]}x{size[0]}: resize it"
+                )
+            array = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{field} cannot be read as a picture: {error}") from None
     return to_signed_unit(torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1))

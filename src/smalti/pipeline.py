@@ -176,26 +176,49 @@ class Pipeline:
         network's null condition.
         """
         options = guidance or self.config.sampling.guidance
-        trained = make_process(self.config.process)
-        network = NetworkDenoiser(self.backbone, trained, self.config.objective.prediction_type)
+        network = self.unguided()
+        perturbed = self._perturbed(options.pag_layers) if options.pag_scale else None
+        denoiser = self.guided(network, batch_size, guidance_scale, options, negative, perturbed)
+        return CompiledDenoiser(denoiser, self._compiled_estimate) if self.compile else denoiser
+
+    def unguided(self) -> Denoiser:
+        """The x0 estimator of network and process alone."""
+        return self._on_sampled_process(self._network_denoiser())
+
+    def guided(
+        self,
+        denoiser: Denoiser,
+        batch_size: int,
+        guidance_scale: float | Tensor,
+        options: GuidanceOptions,
+        negative: Condition | None = None,
+        perturbed: Denoiser | None = None,
+    ) -> Denoiser:
+        """denoiser() around another estimator than the network's own, such as a server's that shares its forwards.
+
+        perturbed: the estimator with identity attention, which options.pag_scale needs.
+        """
         null = None
         if isinstance(guidance_scale, Tensor) or guidance_scale != 1.0:
-            null = self._null_condition(batch_size) if negative is None else negative
+            null = self.null_condition(batch_size) if negative is None else negative
             if null is None:
                 scale = guidance_scale if isinstance(guidance_scale, float | int) else "one a picture"
                 raise UserError(f"guidance_scale={scale}: this network is unconditional, only 1 makes sense")
         if self.compile and null is not None and not isinstance(guidance_scale, Tensor):
             # As a tensor the scale is an input of the compiled graph and not a constant in it.
             guidance_scale = torch.full((batch_size,), guidance_scale)
+        guided = guide(denoiser, null, guidance_scale, options, self.process, perturbed)
+        return ClippedDenoiser(guided) if self.config.sampling.clip_x0 else guided
 
-        def on_sampled_process(denoiser: NetworkDenoiser) -> Denoiser:
-            return SwitchedDenoiser(denoiser, trained, self.process) if self.sampled_process else denoiser
+    def _network_denoiser(self) -> NetworkDenoiser:
+        trained = make_process(self.config.process)
+        return NetworkDenoiser(self.backbone, trained, self.config.objective.prediction_type)
 
-        perturbed = on_sampled_process(perturbed_attention(network, options.pag_layers)) if options.pag_scale else None
-        denoiser = guide(on_sampled_process(network), null, guidance_scale, options, self.process, perturbed)
-        if self.config.sampling.clip_x0:
-            denoiser = ClippedDenoiser(denoiser)
-        return CompiledDenoiser(denoiser, self._compiled_estimate) if self.compile else denoiser
+    def _on_sampled_process(self, denoiser: NetworkDenoiser) -> Denoiser:
+        return SwitchedDenoiser(denoiser, denoiser.process, self.process) if self.sampled_process else denoiser
+
+    def _perturbed(self, layers: tuple[int, ...]) -> Denoiser:
+        return self._on_sampled_process(perturbed_attention(self._network_denoiser(), layers))
 
     @torch.inference_mode()
     def __call__(
@@ -229,14 +252,14 @@ class Pipeline:
         forward. progress(done, total) is called after each batch. solver_options: as in plan(). What is None takes the
         run's default. Raises UserError naming the argument.
         """
-        num_classes, encode = self._num_classes, self.encode_prompts
+        num_classes, encode = self.num_classes, self.encode_prompts
         wanted = wanted_pictures(class_labels, prompts, num_images, num_classes, encode)
         count = wanted.count
         seeds = checked_seeds(seed, count)
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         negative = to_move_away_from(negative_class_labels, negative_prompt, count, num_classes, encode)
-        scale = self._scale(guidance_scale, wanted.cond is not None)
+        scale = self.scale_or_default(guidance_scale, wanted.cond is not None)
         if editing is not None:
             if self.decode is not None:
                 raise UserError("editing: this network denoises latents, of which pictures cannot be edited yet")
@@ -253,13 +276,13 @@ class Pipeline:
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
             row_seeds = torch.tensor(seeds[rows], device=self.device)
-            noise = self._noise(row_seeds, image_size)
+            noise = self.start_noise(row_seeds, image_size)
             cond = self._rows_of(wanted.cond, rows)
             denoiser = self.denoiser(len(row_seeds), scale, guidance, self._rows_of(negative, rows))
-            x = self._at_start(plan, noise, editing, rows)
+            x = self.at_start(plan, noise, editing, rows)
             if editing is not None and editing.mask is not None:
-                denoiser = self._inpainting(denoiser, editing, rows, noise)
-            parts.append(self._pictures(run_plan(plan, denoiser, x, cond, row_seeds)))
+                denoiser = self.inpainting(denoiser, editing, rows, noise)
+            parts.append(self.pictures(run_plan(plan, denoiser, x, cond, row_seeds)))
             if progress is not None:
                 progress(rows.stop, count)
         return PipelineOutput(torch.cat(parts), seeds, wanted.class_labels, wanted.prompts, (plan,) * count)
@@ -282,10 +305,12 @@ class Pipeline:
         labels = _all_or_none("class_label", [request.class_label for request in requests])
         prompts = _all_or_none("prompt", [request.prompt for request in requests])
         num_images = None if labels or prompts else len(requests)
-        wanted = wanted_pictures(labels, prompts, num_images, self._num_classes, self.encode_prompts)
+        wanted = wanted_pictures(labels, prompts, num_images, self.num_classes, self.encode_prompts)
         seeds = checked_seeds([request.seed for request in requests], len(requests))
         conditional = wanted.cond is not None
-        scales = torch.tensor([self._scale(r.guidance_scale, conditional) for r in requests], device=self.device)
+        scales = torch.tensor(
+            [self.scale_or_default(r.guidance_scale, conditional) for r in requests], device=self.device
+        )
         by_settings: dict[Any, Plan] = {}
         plans = []
         for r in requests:
@@ -295,15 +320,15 @@ class Pipeline:
                 by_settings[key] = self.plan(r.num_inference_steps, r.solver, r.spacing, **r.solver_options)
             plans.append(by_settings[key])
         all_seeds = torch.tensor(seeds, device=self.device)
-        noise = self._noise(all_seeds)
-        x = torch.cat([self._at_start(plan, noise[i : i + 1], None, slice(i, i + 1)) for i, plan in enumerate(plans)])
+        noise = self.start_noise(all_seeds)
+        x = torch.cat([self.at_start(plan, noise[i : i + 1], None, slice(i, i + 1)) for i, plan in enumerate(plans)])
         guided = bool((scales != 1).any())
 
         def denoiser_for(rows: Tensor) -> Denoiser:
             return self.denoiser(len(rows), scales[rows] if guided else 1.0, guidance)
 
         cond = self._rows_of(wanted.cond, slice(None))
-        tensor = self._pictures(run_plans(plans, denoiser_for, x, cond, all_seeds, progress))
+        tensor = self.pictures(run_plans(plans, denoiser_for, x, cond, all_seeds, progress))
         return PipelineOutput(tensor, seeds, wanted.class_labels, wanted.prompts, tuple(plans))
 
     @cached_property
@@ -316,10 +341,12 @@ class Pipeline:
         return next(self.backbone.parameters()).device if isinstance(self.backbone, nn.Module) else torch.device("cpu")
 
     @property
-    def _num_classes(self) -> int:
+    def num_classes(self) -> int:
+        """Labels that the network takes; 0 where it takes none."""
         return int(getattr(self.config.model, "num_classes", 0))
 
-    def _null_condition(self, batch_size: int) -> Condition | None:
+    def null_condition(self, batch_size: int) -> Condition | None:
+        """The condition that says nothing, a row a sample; None from an unconditional network."""
         if self.encode_prompts is None:
             return self.backbone.null_condition(batch_size)
         empty = self.encode_prompts([""]).to(self.device)
@@ -328,15 +355,17 @@ class Pipeline:
     def _rows_of(self, cond: Condition | None, rows: slice) -> Condition | None:
         return None if cond is None else cond.map(lambda tensor: tensor[rows].to(self.device))
 
-    def _pictures(self, x: Tensor) -> Tensor:
+    def pictures(self, x: Tensor) -> Tensor:
+        """What a network denoises, [batch, ...], as pictures in [-1, 1]."""
         return (x if self.decode is None else self.decode(x)).clamp(-1, 1)
 
-    def _noise(self, seeds: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
+    def start_noise(self, seeds: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
+        """Noise of variance 1 for each of seeds [batch], of the shape that the network denoises."""
         model = self.config.model
         shape = (model.in_channels, *(image_size or model.image_size))
         return rng.normal(shape, seed=seeds, purpose="sampling/start", device=self.device)
 
-    def _at_start(self, plan: Plan, noise: Tensor, editing: Editing | None, rows: slice) -> Tensor:
+    def at_start(self, plan: Plan, noise: Tensor, editing: Editing | None, rows: slice) -> Tensor:
         """alpha x0 + sigma noise at the plan's first time; without a picture x0 is 0, the mean of what may come."""
         t = float(plan.times[0])
         if editing is None or editing.strength == 1.0:
@@ -356,7 +385,8 @@ class Pipeline:
             )
         return image.expand_as(noise)
 
-    def _inpainting(self, denoiser: Denoiser, editing: Editing, rows: slice, noise: Tensor) -> Denoiser:
+    def inpainting(self, denoiser: Denoiser, editing: Editing, rows: slice, noise: Tensor) -> Denoiser:
+        """The denoiser, keeping what editing.mask keeps. rows: of a batch; noise: that of their start."""
         assert editing.mask is not None
         mask = editing.mask.to(noise)
         if mask.ndim == 4 and len(mask) > 1:
@@ -364,7 +394,8 @@ class Pipeline:
         mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
         return InpaintDenoiser(denoiser, self.process, self._known(editing, rows, noise), mask, noise)
 
-    def _scale(self, guidance_scale: float | None, conditional: bool) -> float:
+    def scale_or_default(self, guidance_scale: float | None, conditional: bool) -> float:
+        """The guidance scale asked for, or the run's; 1 without a condition."""
         if guidance_scale is None:
             return self.config.sampling.guidance_scale if conditional else 1.0
         return float(guidance_scale)

@@ -232,6 +232,18 @@ class Trajectories:
         """Where the network is evaluated next, once a row: [group], in the widest float of the device."""
         return self._times_of_rows[self.call]
 
+    def registers(self) -> list[Tensor | None]:
+        """x and what else the plan keeps, each [group, ...]; None where nothing was written yet."""
+        return [self.x, *self._kept]
+
+    def go_on_from(self, call: int, registers: Sequence[Tensor | None]) -> None:
+        """Take the place that another object of the same plan and rows was at: what its `registers` gave at `call`."""
+        assert 0 <= call <= self.plan.num_calls
+        assert len(registers) == len(self.plan.registers)
+        x, *self._kept = registers
+        assert x is not None
+        self.x, self.call = x, call
+
     def _noise(self, purpose: str, call: int) -> Tensor:
         """Fresh noise, addressed by each row's seed and the call's number."""
         shape, device, dtype = tuple(self.x.shape[1:]), self.x.device, self.x.dtype

@@ -112,7 +112,14 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Finish what is there, then exit."""
 
 
-ToWorker = Draw | Cancel | Stop
+class Slots(msgspec.Struct, frozen=True, tag="slots"):
+    """The shared memory has grown to hold so many checkpoints of at most `largest` bytes."""
+
+    count: int
+    largest: int
+
+
+ToWorker = Draw | Cancel | Stop | Slots
 
 # --- from a worker
 

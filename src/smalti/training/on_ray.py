@@ -5,7 +5,7 @@ from typing import Any
 
 from smalti.config import RunConfig, from_json, to_json
 from smalti.errors import UserError
-from smalti.training.loop import TrainingResult, train
+from smalti.training.loop import train
 from smalti.training.parallel import Sharding, check_divisible
 
 

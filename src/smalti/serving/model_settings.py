@@ -1,0 +1,23 @@
+"""What a parent tells a worker of the model that it is to serve."""
+
+import msgspec
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker loads and runs a model. device: "cpu", "cuda:0". threads: of its own, on a CPU.
+
+    exact: pictures do not depend, to the bit, on what shares their forwards; compile: torch.compile with padded
+    forwards, faster after a slow start, equal to rounding only. max_rows: of a forward. allow_faults: for chaos.
+    """
+
+    name: str
+    run: str
+    device: str = "cpu"
+    threads: int = 1
+    exact: bool = True
+    compile: bool = False
+    max_rows: int = 32
+    express_calls: int = 8
+    checkpoint_every: int = 5
+    aged_seconds: float = 10.0
+    allow_faults: bool = False

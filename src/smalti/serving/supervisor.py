@@ -1,0 +1,175 @@
+"""The supervisor: holds all request truth, keeps the workers of each model version alive, and bounds the queue.
+
+Workers are disposable processes; a picture that was accepted reaches exactly one end, whatever becomes of them.
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+
+import msgspec
+
+from smalti.errors import UserError, unknown_name
+from smalti.serving.messages import Failed, Finished, ModelCard, PictureOrder
+from smalti.serving.model_settings import ModelSettings
+from smalti.serving.pool import AcceptedPicture, Pool, PoolSettings
+from smalti.serving.service import NotReady, QueueFull, ServiceState, ShuttingDown
+from smalti.serving.ticket import PictureTicket
+
+_RATE_WINDOW = 30.0  # seconds over which throughput is measured
+
+
+@dataclass(frozen=True)
+class SupervisorSettings:
+    """cost_limit: rows x tokens x network calls that may be accepted and not done. drain_seconds: at shutdown.
+
+    worker_module: what a worker process runs, as python -m.
+    """
+
+    model: ModelSettings
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    cost_limit: float = 2e6
+    drain_seconds: float = 30.0
+    worker_module: str = "smalti.serving.worker"
+
+
+class Supervisor:
+    """Draws with worker processes; implements service.VersionedService. Lives on one event loop."""
+
+    def __init__(self, settings: SupervisorSettings) -> None:
+        self.settings = settings
+        self._pools: list[Pool] = []
+        self._numbers = count(1)
+        self._cost = 0.0
+        self._done: deque[tuple[float, float]] = deque()  # (when, cost) of what was finished lately
+        self._draining = False
+
+    # --- models
+
+    async def add_version(self, name: str, run: Path) -> ModelCard:
+        """Load a run as name; returns when its first worker is warm. Raises UserError where it cannot be served."""
+        model = msgspec.structs.replace(self.settings.model, name=name, run=str(run))
+        pool = Pool(
+            name, run, self.settings.worker_module, msgspec.json.encode(model), self.settings.pool, self._on_end
+        )
+        pool.start()
+        try:
+            card = await pool.until_ready()
+            if any(other.card is not None and other.card.key == card.key for other in self._pools):
+                raise UserError(f"{card.key} is served already: {run} holds the same weights")
+        except BaseException:
+            await pool.stop()
+            raise
+        self._pools.append(pool)
+        return card
+
+    async def retire_version(self, key: str) -> None:
+        """Take nothing new for a card's key; returns when what it had accepted has ended and its workers are gone."""
+        pool = self._pool(key)
+        pool.retired = True
+        await pool.until_empty()
+        await pool.stop()
+        self._pools.remove(pool)
+
+    def cards(self) -> Sequence[ModelCard]:
+        """The versions that take requests, the newest of a name last."""
+        return tuple(pool.card for pool in self._pools if pool.card is not None and not pool.retired)
+
+    def _pool(self, model: str) -> Pool:
+        taking = [pool for pool in self._pools if not pool.retired and pool.card is not None]
+        for pool in reversed(taking):
+            if pool.card is not None and model in (pool.card.name, pool.card.key):
+                return pool
+        raise unknown_name("model", model, {pool.name for pool in taking})
+
+    # --- pictures
+
+    def submit(self, model: str, orders: Sequence[PictureOrder]) -> list[PictureTicket]:
+        """Accept all orders or none. Raises UserError, QueueFull, NotReady or ShuttingDown."""
+        if self._draining:
+            raise ShuttingDown("the server is shutting down", self.settings.drain_seconds)
+        pool = self._pool(model)
+        card = pool.card
+        assert card is not None
+        if pool.given_up:
+            raise NotReady(f"{card.key}: no worker stays alive", self.settings.pool.max_backoff)
+        costs = [expected_cost(card, order) for order in orders]
+        room = self.settings.cost_limit - self._cost
+        if sum(costs) > room:
+            if sum(costs) > self.settings.cost_limit:
+                raise UserError(
+                    f"the request costs {sum(costs):.0f} (rows x tokens x calls), the whole queue holds "
+                    f"{self.settings.cost_limit:.0f}: ask for fewer pictures or steps"
+                )
+            raise QueueFull("the queue is full", self._seconds_until(sum(costs) - room))
+        tickets = []
+        for order, cost in zip(orders, costs, strict=True):
+            number = next(self._numbers)
+            ticket = PictureTicket(number, card, pool.cancel, pool.place_of)
+            self._cost += cost
+            pool.accept(AcceptedPicture(number, order, ticket, cost, time.monotonic()))
+            tickets.append(ticket)
+        return tickets
+
+    def _on_end(self, picture: AcceptedPicture, event: Finished | Failed) -> None:
+        self._cost = sum(one.cost for pool in self._pools for one in pool.pictures.values())
+        if isinstance(event, Finished):
+            self._done.append((time.monotonic(), event.cost))
+
+    def cost_per_second(self) -> float:
+        """What was finished a second, over the last half minute; 0 where nothing was."""
+        now = time.monotonic()
+        while self._done and now - self._done[0][0] > _RATE_WINDOW:
+            self._done.popleft()
+        if not self._done:
+            return 0.0
+        return sum(cost for _, cost in self._done) / max(1.0, now - self._done[0][0])
+
+    def _seconds_until(self, cost: float) -> float:
+        """How long until so much of what is there is done; a guess of a second where nothing was measured."""
+        rate = self.cost_per_second()
+        return max(1.0, cost / rate) if rate else 1.0
+
+    # --- life
+
+    async def drain(self) -> None:
+        """Take nothing new, finish what is there for at most drain_seconds, and end the workers."""
+        self._draining = True
+        waits = asyncio.gather(*(pool.until_empty() for pool in self._pools))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(waits, self.settings.drain_seconds)
+        await asyncio.gather(*(pool.stop() for pool in self._pools))
+
+    @property
+    def ready(self) -> bool:
+        """Whether some model has a worker that is up, and new requests are taken."""
+        return not self._draining and any(pool.has_worker for pool in self._pools)
+
+    def state(self) -> ServiceState:
+        """The service now."""
+        pools = self._pools
+        workers = [state for pool in pools for state in pool.worker_states()]
+        return ServiceState(
+            tuple(replace(state, number=i) for i, state in enumerate(workers)),
+            self._cost,
+            self.settings.cost_limit,
+            self.cost_per_second(),
+            sum(pool.ticks for pool in pools),
+            sum(pool.rows for pool in pools),
+            sum(pool.padded_rows for pool in pools),
+            self._draining,
+        )
+
+
+def expected_cost(card: ModelCard, order: PictureOrder) -> float:
+    """Rows x tokens x steps of an order, before a worker has counted its network calls."""
+    scale = card.guidance_scale if order.guidance_scale is None else order.guidance_scale
+    rows = 1 if scale == 1.0 or not math.isfinite(scale) else 2
+    steps = card.num_inference_steps if order.num_inference_steps is None else order.num_inference_steps
+    return float(rows * card.tokens * max(1, steps))
