@@ -2,14 +2,11 @@
 
 import asyncio
 import io
-import os
 import shutil
 import socket
 import threading
 import time
 from contextlib import contextmanager
-from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -17,10 +14,14 @@ from serving.double_service import DoubleService, DoubleTicket, card, picture
 
 from smalti.errors import UserError
 from smalti.serving.drawing import Watched, watch
-from smalti.serving.messages import Failed, Finished, PictureOrder
+from smalti.serving.messages import Failed, PictureOrder
 from smalti.serving.service import QueueFull
 from smalti.serving.ui_pieces import caption, difference, error_line, progress_strip, status_line
 
+# Gradio's own statistics of its queue.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:gradio", "ignore:.*silent_downcasting", "ignore:The copy keyword"
+)
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
     "--headless",
@@ -188,7 +189,6 @@ class Visit:
         self.hosts, self.complaints = set(), []
         self.page.on("request", lambda r: self.hosts.add(r.url.split("/")[2] if r.url.startswith("http") else "data"))
         self.page.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
-        self.paths = set(); self.page.on("response", lambda r: self.paths.add((r.request.method, r.status, r.url.split("?")[0].split("/",3)[3].split("assets")[0])))
         self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
         self.page.goto(address)
         self.page.get_by_role("button", name="Draw").wait_for()
@@ -213,3 +213,103 @@ class Visit:
 
     def overflow(self):
         return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+
+
+def test_drawing_with_previews_and_a_gallery(browser, tmp_path):
+    service = OneAtATime(step_seconds=0.02)
+    with serving(service) as address:
+        visit = Visit(browser, address)
+        visit.page.get_by_label("7", exact=True).locator("visible=true").check()
+        visit.enter("Steps", 30)
+        visit.enter("Seed", 41)
+        visit.press("Draw")
+        eventually(lambda: "1 before it" in visit.page.locator(".strip").inner_text())
+        first = eventually(visit.previews)
+        eventually(lambda: (now := visit.previews()) and now[0] != first[0])
+        eventually(lambda: len(visit.results()) == 4)
+        orders = [order for _, order in service.orders]
+        assert [order.seed for order in orders] == [41, 42, 43, 44]
+        assert {(order.class_label, order.num_inference_steps) for order in orders} == {(7, 30)}
+        assert "4 of 4 drawn" in visit.status()
+        assert "seed 43, label 7" in visit.page.locator(".results").inner_text()
+        visit.page.locator(".results button.thumbnail-item").first.click()
+        with visit.page.expect_download() as download:
+            visit.page.get_by_label("Download").locator("visible=true").click()
+        download.value.save_as(tmp_path / "drawn.png")
+        assert (tmp_path / "drawn.png").read_bytes() == picture(orders[0], card().version)
+        assert download.value.suggested_filename == "digits-0123456789ab-seed-41.png"
+        assert visit.complaints == []
+        assert visit.hosts == {address.split("/")[2]}
+
+
+def test_cancel_and_a_closed_tab_stop_the_work(browser):
+    service = DoubleService(step_seconds=0.2)
+    with serving(service) as address:
+        visit = Visit(browser, address)
+        visit.press("Draw")
+        eventually(lambda: len(service.live) == 4)
+        visit.press("Cancel")
+        eventually(lambda: "4 cancelled" in visit.status())
+        eventually(lambda: not service.live)
+        visit.press("Draw")
+        eventually(lambda: len(service.live) == 4)
+        visit.page.close()
+        eventually(lambda: not service.live, 3.5)  # they would take 4 s
+        assert visit.complaints == []
+
+
+def test_waiting_and_a_full_queue_are_told(browser):
+    service = OneAtATime(step_seconds=0.05, room=5)
+    with serving(service) as address:
+        first, second = Visit(browser, address), Visit(browser, address)
+        first.press("Draw")
+        eventually(lambda: len(service.live) == 4)
+        second.press("Draw")
+        eventually(lambda: second.status() == "the queue is full: try again in 2 s")
+        second.enter("Pictures", 1)
+        second.press("Draw")
+        eventually(lambda: second.status().endswith("before yours"))
+
+
+def test_comparing_two_versions_at_both_widths(browser, tmp_path):
+    service = DoubleService(card(), card(version="fedcba987654"), step_seconds=0.002)
+    with serving(service) as address:
+        for width in (1280, 400):
+            visit = Visit(browser, address, width)
+            assert visit.overflow() <= 0
+            visit.page.get_by_role("tab", name="Compare").click()
+            visit.enter("Seed", 7)
+            visit.press("Compare")
+            eventually(lambda: len(visit.results()) == 3)  # noqa: B023 (called at once)
+            assert visit.overflow() <= 0
+            shown = visit.page.locator(".results").locator("visible=true").inner_text()
+            assert "A: digits@0123456789ab" in shown
+            assert "B: digits@fedcba987654" in shown
+            assert "mean difference" in shown
+            assert visit.complaints == []
+        assert {(key, order.seed) for key, order in service.orders} == {
+            ("digits@0123456789ab", 7),
+            ("digits@fedcba987654", 7),
+        }
+
+
+def test_only_what_the_page_needs_is_there(browser):
+    import httpx
+
+    with serving(DoubleService()) as address:
+        upload = httpx.post(f"{address}gradio_api/upload", files={"files": b"x" * 1000})
+        fetched = httpx.get(f"{address}gradio_api/file=http://127.0.0.1:1/x")
+        read = httpx.get(f"{address}gradio_api/file=/etc/hostname")
+        assert {upload.status_code, fetched.status_code, read.status_code} == {404}
+
+
+def test_a_model_that_reads_prompts(browser):
+    service = DoubleService(card("emoji", num_classes=0, reads_prompts=True), step_seconds=0.001)
+    with serving(service) as address:
+        visit = Visit(browser, address)
+        visit.enter("Prompt", "a red heart")
+        visit.enter("Pictures", 1)
+        visit.press("Draw")
+        eventually(lambda: visit.results())
+        assert service.orders[0][1].prompt == "a red heart"
+        assert service.orders[0][1].class_label is None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from smalti.errors import UserError
+from smalti.serving.access import Caller, caller_of
 from smalti.serving.drawing import Watched, watch
 from smalti.serving.messages import Finished, ModelCard, PictureOrder
 from smalti.serving.service import PictureService, Ticket, Unavailable
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 _UNSEEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _FONTS = ("system-ui", "sans-serif")
 _MONO_FONTS = ("ui-monospace", "monospace")
-_TENANT = "ui"
 _PARTIAL_IMAGES = 6
 _DAY = 86_400
 _KEPT = 32  # pictures of earlier draws that stay in the gallery
@@ -64,7 +64,17 @@ class _Subject:
     typed: float | None
 
 
-def _order(card: ModelCard, subject: _Subject, sampler: _Sampler, seed: int, index: int) -> PictureOrder:
+@dataclass(frozen=True)
+class _Visit:
+    """Who pressed a button. tab: the browser tab's name in Gradio."""
+
+    tab: str | None
+    caller: Caller
+
+
+def _order(
+    card: ModelCard, subject: _Subject, sampler: _Sampler, seed: int, index: int, caller: Caller
+) -> PictureOrder:
     """The order for a card, of which it gets what it reads."""
     label = subject.picked if card.num_classes <= _RADIO_LABELS else subject.typed
     return PictureOrder(
@@ -76,7 +86,9 @@ def _order(card: ModelCard, subject: _Subject, sampler: _Sampler, seed: int, ind
         num_inference_steps=int(sampler.steps),
         guidance_scale=float(sampler.guidance),
         partial_images=max(0, min(_PARTIAL_IMAGES, int(sampler.steps) - 1)),
-        tenant=_TENANT,
+        tenant=caller.tenant,
+        weight=caller.weight,
+        request_id=caller.request_id,
         index=index,
     )
 
@@ -89,9 +101,12 @@ class OnlyWhatThePageNeeds:
 
     def __init__(self, app: "ASGIApp", folder: str) -> None:
         files = re.escape(f"/gradio_api/file={folder}/")
-        self.app, self.allowed = app, re.compile(
-            r"/?|/(config|theme\.css)|/(assets|static)/.+|/gradio_api/(cancel|queue/(join|data)|heartbeat/\w+)|"
-            rf"{files}(?!.*\.\.).+"
+        self.app, self.allowed = (
+            app,
+            re.compile(
+                r"/?|/(config|theme\.css)|/(assets|static)/.+|/gradio_api/(cancel|queue/(join|data)|heartbeat/\w+)|"
+                rf"{files}(?!.*\.\.).+"
+            ),
         )
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
@@ -190,6 +205,7 @@ def mount_page(app: "FastAPI", service: PictureService, path: str = "/ui", max_p
     import gradio as gr
     from gradio.themes import Default
     from starlette.middleware import Middleware
+    from starlette.responses import Response
 
     page = gradio_page(service, max_pictures)
     small = all(max(card.image_size) <= _SMALL for card in service.cards())
@@ -206,8 +222,16 @@ def mount_page(app: "FastAPI", service: PictureService, path: str = "/ui", max_p
         show_error=False,
         theme=Default(font=_FONTS, font_mono=_MONO_FONTS),
         css=STYLE + (SMALL_PICTURES if small else ""),
-        head='<link rel="icon" href="data:,">',  # or the browser asks the app for one
     )
+
+    # What browsers ask for beside a page, outside its path.
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(status_code=204)
+
+    @app.get("/manifest.json", include_in_schema=False)
+    async def manifest() -> dict[str, str]:
+        return {"name": "smalti", "start_url": f"{path}/"}
 
 
 @dataclass(frozen=True)
@@ -308,8 +332,10 @@ def _draw_tab(blocks: "gradio.Blocks", page: _Page, max_pictures: int) -> None:
 
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
+            what = gr.Column()
             sampler = _sampler_inputs(blocks, page)
-            subject = _subject_inputs(blocks, page, [sampler.model])
+            with what:
+                subject = _subject_inputs(blocks, page, [sampler.model])
             number = gr.Slider(1, max_pictures, min(4, max_pictures), step=1, label="Pictures")
             seed = _seed_inputs()
             with gr.Row():
@@ -319,22 +345,27 @@ def _draw_tab(blocks: "gradio.Blocks", page: _Page, max_pictures: int) -> None:
             status = gr.HTML(elem_classes="status")
             strip = gr.HTML()
             gallery = gr.Gallery(
-                label="Pictures", columns=4, format="png", elem_classes="results", buttons=["download", "fullscreen"]
+                label="Pictures",
+                columns=4,
+                fit_columns=False,
+                format="png",
+                elem_classes="results",
+                buttons=["download", "fullscreen"],
             )
             earlier = gr.State([])
 
     async def draw(*values: Any) -> AsyncIterator[tuple[Any, ...]]:
-        *inputs, pictures, first, kept, tab = values
+        *inputs, pictures, first, kept, visit = values
         began, results = time.monotonic(), dict[int, tuple[str, str]]()
         sampler, subject = _Sampler(*inputs[:4]), _Subject(*inputs[4:])
         try:
             card, first = page.card(sampler.model), _checked_seed(first)
-            orders = [_order(card, subject, sampler, first + i, i) for i in range(int(pictures))]
+            orders = [_order(card, subject, sampler, first + i, i, visit.caller) for i in range(int(pictures))]
             submitted = page.submit(sampler.model or card.name, orders)
         except (UserError, Unavailable) as error:
             yield error_line(error), "", gr.skip(), gr.skip()
             return
-        async with aclosing(page.watch(submitted, tab)) as news:
+        async with aclosing(page.watch(submitted, visit.tab)) as news:
             async for now in news:
                 fresh = [p for p in now if isinstance(p.end, Finished) and p.ticket.number not in results]
                 for picture in fresh:
@@ -367,13 +398,14 @@ def _compare_tab(blocks: "gradio.Blocks", page: _Page) -> None:
     gallery = gr.Gallery(
         label="A, B and their difference",
         columns=3,
+        fit_columns=False,
         format="png",
         elem_classes="results",
         buttons=["download", "fullscreen"],
     )
 
     async def compare(*values: Any) -> AsyncIterator[tuple[Any, ...]]:
-        *inputs, first, tab = values
+        *inputs, first, visit = values
         began = time.monotonic()
         samplers, subject = [_Sampler(*inputs[:4]), _Sampler(*inputs[4:8])], _Subject(*inputs[8:])
         submitted: list[Watched] = []
@@ -381,14 +413,14 @@ def _compare_tab(blocks: "gradio.Blocks", page: _Page) -> None:
             first = _checked_seed(first)
             for sampler in samplers:
                 card = page.card(sampler.model)
-                submitted += page.submit(card.key, [_order(card, subject, sampler, first, 0)])
+                submitted += page.submit(card.key, [_order(card, subject, sampler, first, 0, visit.caller)])
         except (UserError, Unavailable) as error:
             for picture in submitted:
                 picture.ticket.cancel()
             yield error_line(error), "", []
             return
         now = submitted
-        async with aclosing(page.watch(submitted, tab)) as news:
+        async with aclosing(page.watch(submitted, visit.tab)) as news:
             async for now in news:
                 yield status_line(now, time.monotonic() - began), progress_strip(now), gr.skip()
         line = status_line(now, time.monotonic() - began)
@@ -420,16 +452,17 @@ def _connect(
     inputs: list[Any],
     outputs: list[Any],
 ) -> None:
-    """go runs it, with the browser tab's name as its last argument; stop cancels what the tab is drawing."""
+    """go runs it, with the visit as its last argument; stop cancels what the visit's browser tab is drawing."""
     import gradio as gr
 
-    async def with_tab(request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
-        async with aclosing(run(*values, request.session_hash)) as steps:
+    async def visited(request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
+        visit = _Visit(request.session_hash, caller_of(request.request))
+        async with aclosing(run(*values, visit)) as steps:
             async for step in steps:
                 yield step
 
     async def cancel(request: gr.Request) -> None:
         page.cancel(request.session_hash)
 
-    go.click(with_tab, inputs, outputs, concurrency_limit=None, **_UNSEEN)
-    stop.click(cancel, None, None, queue=False, **_UNSEEN)
+    go.click(visited, inputs, outputs, concurrency_limit=None, **_UNSEEN)
+    stop.click(cancel, None, None, concurrency_limit=None, **_UNSEEN)
