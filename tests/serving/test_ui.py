@@ -6,7 +6,6 @@ import shutil
 import socket
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
 from PIL import Image
@@ -138,25 +137,17 @@ class _Queued(DoubleTicket):
         return None if self.ended else sum(n < self.number for n in self.line)
 
 
-@contextmanager
-def serving(service):
-    """The page's address, served from a thread of its own."""
-    import uvicorn
-    from fastapi import FastAPI
+class Behind:
+    """A service that stands for the one that a test puts behind the page."""
 
-    from smalti.serving.ui import mount_page
+    def __init__(self):
+        self.service = DoubleService()
 
-    app = FastAPI()
-    mount_page(app, service)
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/ui/"
-    server.should_exit = True
-    thread.join(5)
+    def cards(self):
+        return self.service.cards()
+
+    def submit(self, model, orders):
+        return self.service.submit(model, orders)
 
 
 def eventually(check, seconds=8.0):
@@ -169,23 +160,62 @@ def eventually(check, seconds=8.0):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def served():
+    """The page, on a server of its own thread: its address and what stands behind it."""
     pytest.importorskip("gradio")
+    import uvicorn
+    from fastapi import FastAPI
+
+    from smalti.serving.ui import mount_page
+
+    app, behind = FastAPI(), Behind()
+    mount_page(app, behind)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    eventually(lambda: server.started)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/ui/", behind
+    server.should_exit = True
+    thread.join(5)
+
+
+@pytest.fixture(scope="module")
+def visits():
+    """A browser, which keeps the page's scripts between visits."""
     api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine")
     with api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
+        yield chromium.new_context(accept_downloads=True)
         chromium.close()
+
+
+@pytest.fixture
+def visit(served, visits):
+    """Opens the page on a service, at a width."""
+    address, behind = served
+    opened = []
+
+    def open_page(service, width=1280):
+        behind.service = service
+        opened.append(Visit(visits, address, width))
+        return opened[-1]
+
+    yield open_page
+    for one in opened:
+        one.page.close()
+        assert one.complaints == []
+        assert one.hosts <= {address.split("/")[2], "data"}
 
 
 class Visit:
     """A page of the browser, with what it asked for and what it complained of."""
 
-    def __init__(self, browser, address, width=1280):
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
-        self.page = self.context.new_page()
+    def __init__(self, context, address, width):
+        self.page = context.new_page()
+        self.page.set_viewport_size({"width": width, "height": 900})
         self.hosts, self.complaints = set(), []
         self.page.on("request", lambda r: self.hosts.add(r.url.split("/")[2] if r.url.startswith("http") else "data"))
         self.page.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
@@ -215,101 +245,89 @@ class Visit:
         return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
 
 
-def test_drawing_with_previews_and_a_gallery(browser, tmp_path):
+def test_drawing_with_previews_and_a_gallery(visit, tmp_path):
     service = OneAtATime(step_seconds=0.02)
-    with serving(service) as address:
-        visit = Visit(browser, address)
-        visit.page.get_by_label("7", exact=True).locator("visible=true").check()
-        visit.enter("Steps", 30)
-        visit.enter("Seed", 41)
-        visit.press("Draw")
-        eventually(lambda: "1 before it" in visit.page.locator(".strip").inner_text())
-        first = eventually(visit.previews)
-        eventually(lambda: (now := visit.previews()) and now[0] != first[0])
-        eventually(lambda: len(visit.results()) == 4)
-        orders = [order for _, order in service.orders]
-        assert [order.seed for order in orders] == [41, 42, 43, 44]
-        assert {(order.class_label, order.num_inference_steps) for order in orders} == {(7, 30)}
-        assert "4 of 4 drawn" in visit.status()
-        assert "seed 43, label 7" in visit.page.locator(".results").inner_text()
-        visit.page.locator(".results button.thumbnail-item").first.click()
-        with visit.page.expect_download() as download:
-            visit.page.get_by_label("Download").locator("visible=true").click()
-        download.value.save_as(tmp_path / "drawn.png")
-        assert (tmp_path / "drawn.png").read_bytes() == picture(orders[0], card().version)
-        assert download.value.suggested_filename == "digits-0123456789ab-seed-41.png"
-        assert visit.complaints == []
-        assert visit.hosts == {address.split("/")[2]}
+    open_page = visit(service)
+    open_page.page.get_by_label("7", exact=True).locator("visible=true").check()
+    open_page.enter("Steps", 30)
+    open_page.enter("Seed", 41)
+    open_page.press("Draw")
+    eventually(lambda: "1 before it" in open_page.page.locator(".strip").inner_text())
+    first = eventually(open_page.previews)
+    eventually(lambda: (now := open_page.previews()) and now[0] != first[0])
+    eventually(lambda: len(open_page.results()) == 4)
+    orders = [order for _, order in service.orders]
+    assert [order.seed for order in orders] == [41, 42, 43, 44]
+    assert {(order.class_label, order.num_inference_steps) for order in orders} == {(7, 30)}
+    assert "4 of 4 drawn" in open_page.status()
+    assert "seed 43, label 7" in open_page.page.locator(".results").inner_text()
+    open_page.page.locator(".results button.thumbnail-item").first.click()
+    with open_page.page.expect_download() as download:
+        open_page.page.get_by_label("Download").locator("visible=true").click()
+    download.value.save_as(tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes() == picture(orders[0], card().version)
+    assert download.value.suggested_filename == "digits-0123456789ab-seed-41.png"
 
 
-def test_cancel_and_a_closed_tab_stop_the_work(browser):
+def test_cancel_and_a_closed_tab_stop_the_work(visit):
     service = DoubleService(step_seconds=0.2)
-    with serving(service) as address:
-        visit = Visit(browser, address)
-        visit.press("Draw")
-        eventually(lambda: len(service.live) == 4)
-        visit.press("Cancel")
-        eventually(lambda: "4 cancelled" in visit.status())
-        eventually(lambda: not service.live)
-        visit.press("Draw")
-        eventually(lambda: len(service.live) == 4)
-        visit.page.close()
-        eventually(lambda: not service.live, 3.5)  # they would take 4 s
-        assert visit.complaints == []
+    open_page = visit(service)
+    open_page.press("Draw")
+    eventually(lambda: len(service.live) == 4)
+    open_page.press("Cancel")
+    eventually(lambda: "4 cancelled" in open_page.status())
+    eventually(lambda: not service.live)
+    open_page.press("Draw")
+    eventually(lambda: len(service.live) == 4)
+    open_page.page.close()
+    eventually(lambda: not service.live, 3.5)  # they would take 4 s
 
 
-def test_waiting_and_a_full_queue_are_told(browser):
+def test_waiting_and_a_full_queue_are_told(visit):
     service = OneAtATime(step_seconds=0.05, room=5)
-    with serving(service) as address:
-        first, second = Visit(browser, address), Visit(browser, address)
-        first.press("Draw")
-        eventually(lambda: len(service.live) == 4)
-        second.press("Draw")
-        eventually(lambda: second.status() == "the queue is full: try again in 2 s")
-        second.enter("Pictures", 1)
-        second.press("Draw")
-        eventually(lambda: second.status().endswith("before yours"))
+    first, second = visit(service), visit(service)
+    first.press("Draw")
+    eventually(lambda: len(service.live) == 4)
+    second.press("Draw")
+    eventually(lambda: second.status() == "the queue is full: try again in 2 s")
+    second.enter("Pictures", 1)
+    second.press("Draw")
+    eventually(lambda: second.status().endswith("before yours"))
 
 
-def test_comparing_two_versions_at_both_widths(browser, tmp_path):
+@pytest.mark.parametrize("width", [1280, 400])
+def test_comparing_two_versions(visit, width):
     service = DoubleService(card(), card(version="fedcba987654"), step_seconds=0.002)
-    with serving(service) as address:
-        for width in (1280, 400):
-            visit = Visit(browser, address, width)
-            assert visit.overflow() <= 0
-            visit.page.get_by_role("tab", name="Compare").click()
-            visit.enter("Seed", 7)
-            visit.press("Compare")
-            eventually(lambda: len(visit.results()) == 3)  # noqa: B023 (called at once)
-            assert visit.overflow() <= 0
-            shown = visit.page.locator(".results").locator("visible=true").inner_text()
-            assert "A: digits@0123456789ab" in shown
-            assert "B: digits@fedcba987654" in shown
-            assert "mean difference" in shown
-            assert visit.complaints == []
-        assert {(key, order.seed) for key, order in service.orders} == {
-            ("digits@0123456789ab", 7),
-            ("digits@fedcba987654", 7),
-        }
+    open_page = visit(service, width)
+    assert open_page.overflow() <= 0
+    open_page.page.get_by_role("tab", name="Compare").click()
+    open_page.enter("Seed", 7)
+    open_page.press("Compare")
+    eventually(lambda: len(open_page.results()) == 3)
+    assert open_page.overflow() <= 0
+    shown = open_page.page.locator(".results").locator("visible=true").inner_text()
+    assert "A: digits@0123456789ab" in shown
+    assert "B: digits@fedcba987654" in shown
+    assert "mean difference" in shown
+    drawn = {(key, order.seed) for key, order in service.orders}
+    assert drawn == {("digits@0123456789ab", 7), ("digits@fedcba987654", 7)}
 
 
-def test_only_what_the_page_needs_is_there(browser):
-    import httpx
-
-    with serving(DoubleService()) as address:
-        upload = httpx.post(f"{address}gradio_api/upload", files={"files": b"x" * 1000})
-        fetched = httpx.get(f"{address}gradio_api/file=http://127.0.0.1:1/x")
-        read = httpx.get(f"{address}gradio_api/file=/etc/hostname")
-        assert {upload.status_code, fetched.status_code, read.status_code} == {404}
-
-
-def test_a_model_that_reads_prompts(browser):
+def test_a_model_that_reads_prompts(visit):
     service = DoubleService(card("emoji", num_classes=0, reads_prompts=True), step_seconds=0.001)
-    with serving(service) as address:
-        visit = Visit(browser, address)
-        visit.enter("Prompt", "a red heart")
-        visit.enter("Pictures", 1)
-        visit.press("Draw")
-        eventually(lambda: visit.results())
-        assert service.orders[0][1].prompt == "a red heart"
-        assert service.orders[0][1].class_label is None
+    open_page = visit(service)
+    open_page.enter("Prompt", "a red heart")
+    open_page.enter("Pictures", 1)
+    open_page.press("Draw")
+    eventually(open_page.results)
+    assert service.orders[0][1].prompt == "a red heart"
+    assert service.orders[0][1].class_label is None
+
+
+def test_only_what_the_page_needs_is_there(served):
+    httpx = pytest.importorskip("httpx")
+    address, _ = served
+    upload = httpx.post(f"{address}gradio_api/upload", files={"files": b"x" * 1000})
+    fetched = httpx.get(f"{address}gradio_api/file=http://127.0.0.1:1/x")
+    read = httpx.get(f"{address}gradio_api/file=/etc/hostname")
+    assert {upload.status_code, fetched.status_code, read.status_code} == {404}

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
 from smalti.serving.messages import Failed, Finished, PictureEvent, PictureOrder, Preview
@@ -27,7 +27,7 @@ class Watched:
         return self
 
 
-async def watch(pictures: Sequence[Watched], pulse: float = 0.5) -> AsyncIterator[list[Watched]]:
+async def watch(pictures: Sequence[Watched], pulse: float = 0.5) -> AsyncGenerator[list[Watched], None]:
     """The pictures after each news of any of them, and every `pulse` seconds without any, until all have ended.
 
     News that came while the caller was busy are told at once. Whoever stops to iterate, or whose task is cancelled,

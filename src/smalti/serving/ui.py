@@ -8,7 +8,7 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -137,15 +137,15 @@ class _Page:
     drawing: dict[str, set[Ticket]] = field(default_factory=dict)
 
     def card(self, model: str | None) -> ModelCard:
-        """The card of a name or key. Raises UserError where it is not served."""
+        """The card of a name, of which the newest, or of a key. Raises UserError where it is not served."""
         cards = self.service.cards()
-        found = next((card for card in cards if model in (card.key, card.name)), None)
+        found = next((card for card in reversed(cards) if model in (card.key, card.name)), None)
         if found is None:
             reason = f"model={model!r} is not served any more" if cards else "no model is ready yet"
             raise UserError(f"{reason}: reload the page")
         return found
 
-    async def watch(self, pictures: Sequence[Watched], tab: str | None) -> AsyncIterator[list[Watched]]:
+    async def watch(self, pictures: Sequence[Watched], tab: str | None) -> AsyncGenerator[list[Watched], None]:
         """drawing.watch; meanwhile the pictures are the tab's to cancel."""
         tickets = self.drawing.setdefault(tab or "", set())
         tickets.update(picture.ticket for picture in pictures)
@@ -197,6 +197,7 @@ def gradio_page(service: PictureService, max_pictures: int = 8) -> "gradio.Block
             page.cancel(request.session_hash)
 
         blocks.unload(closed)
+    assert isinstance(blocks, gr.Blocks)
     return blocks
 
 
@@ -354,7 +355,7 @@ def _draw_tab(blocks: "gradio.Blocks", page: _Page, max_pictures: int) -> None:
             )
             earlier = gr.State([])
 
-    async def draw(*values: Any) -> AsyncIterator[tuple[Any, ...]]:
+    async def draw(*values: Any) -> AsyncGenerator[tuple[Any, ...], None]:
         *inputs, pictures, first, kept, visit = values
         began, results = time.monotonic(), dict[int, tuple[str, str]]()
         sampler, subject = _Sampler(*inputs[:4]), _Subject(*inputs[4:])
@@ -404,7 +405,7 @@ def _compare_tab(blocks: "gradio.Blocks", page: _Page) -> None:
         buttons=["download", "fullscreen"],
     )
 
-    async def compare(*values: Any) -> AsyncIterator[tuple[Any, ...]]:
+    async def compare(*values: Any) -> AsyncGenerator[tuple[Any, ...], None]:
         *inputs, first, visit = values
         began = time.monotonic()
         samplers, subject = [_Sampler(*inputs[:4]), _Sampler(*inputs[4:8])], _Subject(*inputs[8:])
@@ -448,14 +449,15 @@ def _connect(
     page: _Page,
     go: Any,
     stop: Any,
-    run: Callable[..., AsyncIterator[tuple[Any, ...]]],
+    run: Callable[..., AsyncGenerator[tuple[Any, ...], None]],
     inputs: list[Any],
     outputs: list[Any],
 ) -> None:
     """go runs it, with the visit as its last argument; stop cancels what the visit's browser tab is drawing."""
     import gradio as gr
 
-    async def visited(request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, ...]]:
+    async def visited(request: gr.Request, *values: Any) -> AsyncGenerator[tuple[Any, ...], None]:
+        assert request.request is not None
         visit = _Visit(request.session_hash, caller_of(request.request))
         async with aclosing(run(*values, visit)) as steps:
             async for step in steps:

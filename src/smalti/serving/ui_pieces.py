@@ -108,8 +108,9 @@ def difference(first: bytes, second: bytes) -> tuple[bytes | None, str]:
         if a.size != b.size:
             return None, f"no difference picture: A is {a.width} x {a.height}, B is {b.width} x {b.height}"
         apart = ImageChops.difference(a.convert("RGB"), b.convert("RGB"))
-    largest = max(high for _, high in apart.getextrema())
-    mean = sum(ImageStat.Stat(apart).mean) / 3
+    statistics = ImageStat.Stat(apart)
+    largest = max(high for _, high in statistics.extrema)
+    mean = sum(statistics.mean) / 3
     gain = 255 / largest if largest else 1.0
     file = io.BytesIO()
     apart.point(lambda value: round(value * gain)).save(file, "png")
