@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 from smalti.cli_data_arguments import Data
 from smalti.cli_ema_arguments import Ema
 from smalti.cli_mup_arguments import Mup
+from smalti.cli_serve_arguments import Top
 
 
 @dataclass(frozen=True)
@@ -458,6 +459,7 @@ COMMANDS: dict[str, type[Any]] = {
     "data": Data,
     "doctor": Doctor,
     "replay-nan": ReplayNan,
+    "top": Top,
     "mup": Mup,
     "info": Info,
     "completion": Completion,

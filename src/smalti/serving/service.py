@@ -85,7 +85,7 @@ class WorkerState:
 class ServiceState:
     """The service at one moment. cost_left, cost_limit: rows x tokens x calls accepted and not done, and the bound.
 
-    cost_per_second: as measured lately, 0 before anything was drawn.
+    cost_per_second: as measured lately, 0 before anything was drawn. finished: pictures drawn since the server started.
     """
 
     workers: tuple[WorkerState, ...]
@@ -96,6 +96,7 @@ class ServiceState:
     rows: int
     padded_rows: int
     draining: bool
+    finished: int = 0
 
 
 class PictureService(Protocol):

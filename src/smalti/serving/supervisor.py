@@ -48,6 +48,7 @@ class Supervisor:
         self._numbers = count(1)
         self._cost = 0.0
         self._done: deque[tuple[float, float]] = deque()  # (when, cost) of what was finished lately
+        self._finished = 0  # pictures
         self._draining = False
 
     # --- models
@@ -121,6 +122,7 @@ class Supervisor:
         self._cost = sum(one.cost for pool in self._pools for one in pool.pictures.values())
         if isinstance(event, Finished):
             self._done.append((time.monotonic(), event.cost))
+            self._finished += 1
 
     def cost_per_second(self) -> float:
         """What was finished a second, over the last half minute; 0 where nothing was."""
@@ -164,6 +166,7 @@ class Supervisor:
             sum(pool.rows for pool in pools),
             sum(pool.padded_rows for pool in pools),
             self._draining,
+            self._finished,
         )
 
 
