@@ -19,7 +19,7 @@ from smalti.errors import UserError, unknown_name
 from smalti.serving.messages import Failed, Finished, ModelCard, PictureOrder
 from smalti.serving.model_settings import ModelSettings
 from smalti.serving.pool import AcceptedPicture, Pool, PoolSettings
-from smalti.serving.service import NotReady, QueueFull, ServiceState, ShuttingDown
+from smalti.serving.service import NotReady, QueueFull, ServiceState, ShuttingDown, Ticket
 from smalti.serving.ticket import PictureTicket
 
 _RATE_WINDOW = 30.0  # seconds over which throughput is measured
@@ -91,7 +91,7 @@ class Supervisor:
 
     # --- pictures
 
-    def submit(self, model: str, orders: Sequence[PictureOrder]) -> list[PictureTicket]:
+    def submit(self, model: str, orders: Sequence[PictureOrder]) -> list[Ticket]:
         """Accept all orders or none. Raises UserError, QueueFull, NotReady or ShuttingDown."""
         if self._draining:
             raise ShuttingDown("the server is shutting down", self.settings.drain_seconds)
@@ -109,7 +109,7 @@ class Supervisor:
                     f"{self.settings.cost_limit:.0f}: ask for fewer pictures or steps"
                 )
             raise QueueFull("the queue is full", self._seconds_until(sum(costs) - room))
-        tickets = []
+        tickets: list[Ticket] = []
         for order, cost in zip(orders, costs, strict=True):
             number = next(self._numbers)
             ticket = PictureTicket(number, card, pool.cancel, pool.place_of)
@@ -140,9 +140,13 @@ class Supervisor:
 
     # --- life
 
+    def refuse_new(self) -> None:
+        """Take nothing new from now on."""
+        self._draining = True
+
     async def drain(self) -> None:
         """Take nothing new, finish what is there for at most drain_seconds, and end the workers."""
-        self._draining = True
+        self.refuse_new()
         waits = asyncio.gather(*(pool.until_empty() for pool in self._pools))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(waits, self.settings.drain_seconds)
