@@ -22,9 +22,11 @@ change pictures and is left out.
 import base64
 import io
 import json
+import signal
 import statistics
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -47,6 +49,8 @@ from smalti.training.loop import train
 
 STEPS, GUIDANCE = (4, 10, 20, 30, 50), (1.0, 1.5, 3.0)
 _ROW_FILE = Path(__file__).parent / "results" / "serving.jsonl"
+_SATURATED = 32  # requests that wait
+_IN_EVERY_ROUND = ("saturated", "probe")  # the others in the first
 _MOST_WAITING = 48  # of an open loop: below every server's bound
 _WARM = 0.25  # of a measurement: what comes before is not counted
 _AS_DIFFUSERS = (
@@ -72,9 +76,7 @@ def server_kinds(
     kinds = {
         "one at a time": peer("one at a time", "one-at-a-time", exported, threads=threads),
         "batched": peer("batched", "batched", exported, threads=threads),
-        "batched, a thread a worker": peer(
-            "batched, a thread a worker", "batched", exported, threads=1, workers=threads
-        ),
+        "batched, workers": peer("batched, workers", "batched", exported, threads=1, workers=threads),
         "smalti": smalti_server("smalti", run, *workers),
         "smalti compiled": smalti_server("smalti compiled", run, *workers, "--compile"),
         "smalti, one worker": smalti_server("smalti, one worker", run, "--workers=1", f"--threads={threads}", *rows),
@@ -123,13 +125,34 @@ def poisson_moments(rate: float, seconds: float, call: int) -> list[float]:
 
 @dataclass(frozen=True)
 class LoadKind:
-    """A load by name. rate: of an open loop, in requests a second. first_round: measured in the first round alone."""
+    """outstanding: requests that wait at most. rate: of an open loop, in requests a second. equal: all alike."""
 
     name: str
     outstanding: int = _MOST_WAITING
     rate: float | None = None
     equal: bool = False
-    first_round: bool = False
+
+
+def load_kind(name: str) -> LoadKind:
+    """A load by its name. Raises ValueError for an unknown one."""
+    kind, _, number = name.partition("-")
+    if kind == "open":
+        return LoadKind(name, rate=float(number))
+    if kind == "closed":
+        return LoadKind(name, int(number))
+    if name not in ("saturated", "equal"):
+        raise ValueError(f"load {name!r} is none of saturated, equal, closed-N, open-R, probe")
+    return LoadKind(name, _SATURATED, equal=name == "equal")
+
+
+def turns(
+    rounds: int, loads: Sequence[str], servers: Sequence[RunningServer]
+) -> Iterator[tuple[int, str, RunningServer]]:
+    """Round, load and server of each measurement: the servers take turns."""
+    for number in range(rounds):
+        for load in loads:
+            if number == 0 or load in _IN_EVERY_ROUND:
+                yield from ((number, load, server) for server in servers)
 
 
 @dataclass(frozen=True)
@@ -296,8 +319,7 @@ def main(
     rounds: int = 3,
     seconds: float = 6.0,
     probes: int = 12,
-    rates: tuple[float, ...] = (5, 15, 40),
-    outstanding: tuple[int, ...] = (1, 8),
+    loads: tuple[str, ...] = ("saturated", "probe", "equal", "closed-1", "closed-8", "open-5", "open-15", "open-40"),
     servers: tuple[str, ...] = ("one at a time", "batched", "smalti", "smalti compiled"),
     run: Path | None = None,
     max_rows: int | None = None,
@@ -308,20 +330,15 @@ def main(
 ) -> None:
     """Measure, and append a row a load to a file.
 
-    seconds: of each measurement; probes: of each round. rates: of open loops, outstanding: of closed ones beside 32,
-    both in the first round alone. run: one made earlier by this script, in place of a new one. max_rows: of smalti's
+    seconds: of each measurement; probes: of each round. loads: "saturated" and "probe" are measured in every round, the
+    others in the first. run: one made earlier by this script, in place of a new one. max_rows: of smalti's
     forwards, None for its default. note: for the rows. threads: of each server. quick: a small network, one thread and
     a second a measurement.
     """
-    loads = [
-        LoadKind("saturated", 32),
-        LoadKind("equal", 32, equal=True, first_round=True),
-        *(LoadKind(f"closed-{n}", n, first_round=True) for n in outstanding),
-        *(LoadKind(f"open-{rate:g}", rate=rate, first_round=True) for rate in rates),
-    ]
     if quick:
-        rounds, seconds, probes, loads = 1, 1.0, 2, [loads[0], LoadKind("open-20", rate=20.0)]
+        rounds, seconds, probes, loads = 1, 0.6, 2, ("saturated", "open-20", "probe")
         servers, threads = servers[:3], 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the clean-up below
     with tempfile.TemporaryDirectory() as text, ExitStack() as running:
         folder = Path(text)
         run = run or (make_run(folder / "run", 30, *_SMALLEST) if quick else make_run(folder / "run", 60))
@@ -342,29 +359,26 @@ def main(
             "largest_difference_of_255": largest_difference(started),
             "versions": {name: version(name) for name in ("diffusers", "litserve", "fastapi", "uvicorn")},
         }
-        measured: dict[str, dict[str, list[Measured]]] = {load.name: {} for load in loads}
+        measured: dict[str, dict[str, list[Measured]]] = {}
         probed: dict[str, list[Probed]] = {}
-        for number in range(rounds):
-            for load in loads:
-                if load.first_round and number:
-                    continue
-                for server in started:
-                    one = measure(server, load, seconds, number)
-                    measured[load.name].setdefault(server.kind.name, []).append(one)
-            for server in started:
+        for server in started:
+            server.pause()
+        for number, load, server in turns(rounds, loads, started):
+            server.go_on()
+            if load == "probe":
                 probed.setdefault(server.kind.name, []).append(probe(server, probes, 2 * seconds, number))
-    for load in loads:
-        results = {name: summary(list_of) for name, list_of in measured[load.name].items()}
-        row = {
-            "load": load.name,
-            **setting,
-            **machine(threads),
-            "results": results,
-            "images_per_second_over": ratios(results),
-        }
-        append_row(out, row, show=True)
-    results = {name: probe_summary(list_of) for name, list_of in probed.items()}
-    append_row(out, {"load": "probe", **setting, **machine(threads), "results": results}, show=True)
+            else:
+                one = measure(server, load_kind(load), seconds, number)
+                measured.setdefault(load, {}).setdefault(server.kind.name, []).append(one)
+                print(f"round {number}, {load}, {server.kind.name}: {one.images_per_second:.2f} images/s", flush=True)
+            server.pause()
+    common = {**setting, **machine(threads)}
+    for load, of_servers in measured.items():
+        results = {name: summary(list_of) for name, list_of in of_servers.items()}
+        append_row(out, {"load": load, **common, "results": results, "smalti_over": ratios(results)}, show=True)
+    if probed:
+        results = {name: probe_summary(list_of) for name, list_of in probed.items()}
+        append_row(out, {"load": "probe", **common, "results": results}, show=True)
 
 
 if __name__ == "__main__":

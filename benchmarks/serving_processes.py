@@ -106,9 +106,24 @@ class RunningServer:
         text = self.get("/metrics").decode()
         return _metric(text, "smalti_ticks_total"), _metric(text, "smalti_rows_total")
 
+    def pause(self) -> None:
+        """Stop its processes where they are. Not smalti's: a parent that was away takes its workers for hung."""
+        self._signal_all(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let paused processes run."""
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        if not self.kind.is_smalti:
+            os.killpg(self._process.pid, number)
+
     def stop(self) -> None:
         """End it and all of its processes."""
-        processes = psutil.Process(self._process.pid).children(recursive=True) if self._process.poll() is None else []
+        if self._process.poll() is not None:
+            return
+        processes = psutil.Process(self._process.pid).children(recursive=True)
+        self.go_on()
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(10)
