@@ -28,6 +28,7 @@ from smalti.serving.messages import (
     FailureCode,
     Finished,
     PictureEvent,
+    PictureOrder,
     Preview,
     Tick,
 )
@@ -40,7 +41,8 @@ _SMOOTHING = 0.1  # of the mean step time
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """checkpoint_every: network calls between two checkpoints of a picture. max_calls: of a plan.
+    """checkpoint_every: network calls between two checkpoints of a picture. max_calls: steps of a plan, or
+    entries of an option.
 
     bucket_rows: forwards are padded up to one of these numbers of rows; empty for no padding. one_forward_each: share
     none, for a network whose rows would not come out the same to the bit.
@@ -116,12 +118,8 @@ class Engine:
                 raise UserError(f"fault={order.fault!r}: this server allows none")
             if not order.weight > 0:
                 raise UserError(f"weight={order.weight} must be above 0")
+            _check_length(order, self.settings.max_calls)
             picture = prepare(self.pipeline, order, self._plans)
-            if picture.plan.num_calls > self.settings.max_calls:
-                calls, most = picture.plan.num_calls, self.settings.max_calls
-                raise UserError(
-                    f"num_inference_steps={order.num_inference_steps} takes {calls} network calls of {most}"
-                )
             if task.resume is not None:
                 picture.go_on_from(task.resume)
             key = picture.question().key
@@ -332,6 +330,15 @@ def _padded_forward(
     x, t, cond = padded(x), padded(t), None if cond is None else cond.map(padded)
     x0, logits = x0_and_variance(network, x, t, cond) if learned else (network(x, t, cond), None)
     return x0[:batch], None if logits is None else logits[:batch]
+
+
+def _check_length(order: PictureOrder, most: int) -> None:
+    """Raise UserError for a plan that is too long, before it is made."""
+    if order.num_inference_steps is not None and order.num_inference_steps > most:
+        raise UserError(f"num_inference_steps={order.num_inference_steps} must be at most {most}")
+    for name, value in order.solver_options.items():
+        if isinstance(value, list) and len(value) > most:
+            raise UserError(f"{name} has {len(value)} entries, at most {most} are allowed")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -29,7 +29,8 @@ class PictureOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     seed: 0 .. 2^63 - 1. class_label or prompt: as the network takes. image_size: (height, width) in the network's own
     unit. solver_options: what Pipeline.plan takes beside the named fields. source, mask: picture files to begin from
     and what of it to paint (transparent or white = paint), with strength in (0, 1]. partial_images: estimates to send
-    on the way. tenant, weight: whose share of the server it takes. deadline_seconds: fail when not done by then.
+    on the way. tenant, weight: whose share of the server it takes. user: whose requests stay with one arm of an A/B
+    test, "" = the tenant's; taken off before the worker. deadline_seconds: fail when not done by then.
     request_id, index: the request it belongs to and its place there, for the receipt. fault: misbehave so, where the
     worker was told to allow it (tests and `smalti chaos`).
     """
@@ -52,6 +53,7 @@ class PictureOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     output_compression: int = 90
     tenant: str = ""
     weight: float = 1.0
+    user: str = ""
     deadline_seconds: float | None = None
     request_id: str = ""
     index: int = 0

@@ -13,6 +13,21 @@ _REF = "#/components/schemas/{model}"
 _TEXT = {"schema": {"type": "string"}}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
+_EVENT_MODELS = (PartialImageEvent, CompletedEvent, ErrorBody)
+# An event of a stream, as OpenAPI 3.2, section 4.14.4, writes it.
+_EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"type": "string"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"anyOf": [{"$ref": _REF.format(model=model.__name__)} for model in _EVENT_MODELS]},
+        },
+    },
+}
+
 _ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The API key is missing or unknown.",
@@ -34,7 +49,7 @@ DRAWING_ANSWERS: Answers = {
     200: {
         "description": "The pictures. With `stream` they come as server-sent events instead: previews, then pictures, "
         "each event named by its data's `type`; or `error`, with an error object.",
-        "content": {"text/event-stream": _TEXT},
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
     },
     **{status: {"description": _ERRORS[str(status)], "model": ErrorBody} for status in (499, 504)},
 }
@@ -48,15 +63,19 @@ NOT_READY_ANSWERS: Answers = {503: {"description": _ERRORS["503"], "model": Erro
 def edit_body() -> dict[str, Any]:
     """The form of POST /v1/images/edits: EditRequest's fields, of which a form can leave out but not send null."""
     schema = EditRequest.model_json_schema(ref_template=_REF)
-    for name, field in schema["properties"].items():
-        options = [option for option in field.pop("anyOf", []) if option != {"type": "null"}]
-        for option in options:
-            field |= option
-        if name in ("image", "mask"):
-            field["format"] = "binary"
-        if field.get("default", 0) is None:
-            del field["default"]
+    for field in schema["properties"].values():
+        _without_null(field)
     return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+
+
+def _without_null(schema: dict[str, Any]) -> None:
+    """Forms, headers and queries have no null: what is optional there is left out."""
+    others = [option for option in schema.get("anyOf", []) if option != {"type": "null"}]
+    if len(others) == 1:
+        del schema["anyOf"]
+        schema |= others[0]
+    if schema.get("default", 0) is None:
+        del schema["default"]
 
 
 def install_openapi(app: FastAPI, *, keys: bool) -> None:
@@ -74,7 +93,7 @@ def install_openapi(app: FastAPI, *, keys: bool) -> None:
 def _completed(document: dict[str, Any], keys: bool) -> dict[str, Any]:
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
-    models = [(model, "serialization") for model in (ErrorBody, PartialImageEvent, CompletedEvent)]
+    models = [(model, "serialization") for model in _EVENT_MODELS]
     schemas |= models_json_schema(models, ref_template=_REF)[1]["$defs"]  # type: ignore[arg-type]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
@@ -83,6 +102,8 @@ def _completed(document: dict[str, Any], keys: bool) -> dict[str, Any]:
     for path, operations in document["paths"].items():
         in_api = path.startswith("/v1/")
         for operation in operations.values():
+            for parameter in operation.get("parameters", []):
+                _without_null(parameter["schema"])
             answers = operation["responses"]
             answers.pop("422", None)
             for status in _IN_API if in_api else _EVERYWHERE:

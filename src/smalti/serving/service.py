@@ -103,7 +103,7 @@ class PictureService(Protocol):
     """Draws pictures with one or several models."""
 
     def cards(self) -> Sequence[ModelCard]:
-        """The versions that take requests."""
+        """The versions that take requests, the newest of a name last."""
         ...
 
     def submit(self, model: str, orders: Sequence[PictureOrder]) -> list[Ticket]:

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.responses import Response
@@ -22,7 +22,22 @@ from smalti.serving.service import TERMINAL, Ticket
 _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-EventText = Callable[[int, Preview | Finished], tuple[str, str]]
+Event = TypeVar("Event")
+SourceEvent = TypeVar("SourceEvent", covariant=True)
+# An event's name and data, and a number to resume behind where the stream can be resumed.
+EventText = Callable[[int, Event], tuple[str, str] | tuple[str, str, int]]
+
+
+class EventSource(Protocol[SourceEvent]):
+    """What a stream of server-sent events is made of."""
+
+    def pictures(self) -> AsyncGenerator[tuple[int, SourceEvent], None]:
+        """The events, each with its place or number."""
+        ...
+
+    async def close(self) -> None:
+        """Nobody listens any more."""
+        ...
 
 
 async def client_gone(receive: Receive) -> None:
@@ -120,8 +135,11 @@ class EventStreamResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: PictureStream, text: EventText, ping_seconds: float, stall_seconds: float) -> None:
-        self.stream, self.text = stream, text
+    def __init__(
+        self, stream: EventSource[Event], text: EventText[Event], ping_seconds: float, stall_seconds: float
+    ) -> None:
+        self.stream: EventSource[Any] = stream
+        self.text: EventText[Any] = text
         self.ping_seconds, self.stall_seconds = ping_seconds, stall_seconds
         super().__init__(None, 200, {"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -174,8 +192,8 @@ class EventStreamResponse(Response):
                 found = coming.result()
                 if found is None:
                     return
-                name, data = self.text(*found)
-                yield format_sse_event(event=name, data_str=data)
+                name, data, *number = self.text(*found)
+                yield format_sse_event(event=name, data_str=data, id=str(number[0]) if number else None)
 
 
 async def _next(pictures: AsyncIterator[Result]) -> Result | None:
