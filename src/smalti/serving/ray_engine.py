@@ -8,9 +8,10 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -31,7 +32,6 @@ from smalti.serving.messages import (
     Preview,
     Ready,
     Slots,
-    Stop,
     Tick,
     ToWorker,
 )
@@ -65,6 +65,8 @@ class EngineReplica:
         """
         self.settings = msgspec.json.decode(settings, type=ModelSettings)
         self.hang_seconds = hang_seconds
+        self._loop = asyncio.get_running_loop()
+        self._name = _replica_name(self.settings.name)
         self._in_flight: dict[int, _InFlight] = {}
         self._free_slots = list(range(MOST_PICTURES))
         self._numbers = count(1)
@@ -104,7 +106,7 @@ class EngineReplica:
     def _send(self, message: msgspec.Struct) -> None:
         self._writer.write(framed([message]))
 
-    async def _listen(self, messages: "AsyncGenerator[msgspec.Struct, None]") -> None:
+    async def _listen(self, messages: AsyncIterator[msgspec.Struct]) -> None:
         """Give each picture what the engine says of it, until the engine ends."""
         ticks = 0
         async for message in messages:
@@ -139,9 +141,9 @@ class EngineReplica:
                 picture.checkpoint = state
                 picture.events.put_nowait(Checkpoint(number, state))
 
-    def _beat(self, replica: str) -> Beat:
+    def _beat(self) -> Beat:
         return Beat(
-            replica,
+            self._name,
             os.getpid(),
             time.monotonic() - self._heartbeat,
             self._mean_step,
@@ -159,14 +161,17 @@ class EngineReplica:
         """The model's card."""
         return msgspec.msgpack.encode(self._card)
 
+    async def beat(self) -> bytes:
+        """How this replica is, as ray_messages.Beat."""
+        return msgspec.msgpack.encode(self._beat())
+
     async def draw(self, task: bytes, version: str, cost: float) -> AsyncGenerator[bytes, None]:
         """A picture's stream of ray_messages.FromReplica, under the number of its Draw; closing it drops the picture.
 
         version: of the weights that are to draw it. cost: for the router. Raises RuntimeError when the engine ended.
         """
         asked = msgspec.msgpack.decode(task, type=Draw)
-        beat = _replica_name(self.settings.name)
-        yield msgspec.msgpack.encode(self._beat(beat))
+        yield msgspec.msgpack.encode(self._beat())
         if version != self._card.version:
             reason = f"the run's weights have changed on the disk ({version} to {self._card.version})"
             yield msgspec.msgpack.encode(Failed(asked.number, "worker_lost", reason))
@@ -180,7 +185,7 @@ class EngineReplica:
                 if event is None:
                     break
                 if isinstance(event, TERMINAL):
-                    yield msgspec.msgpack.encode(self._beat(beat))
+                    yield msgspec.msgpack.encode(self._beat())
                 yield msgspec.msgpack.encode(msgspec.structs.replace(event, number=asked.number))
                 if isinstance(event, TERMINAL):
                     return
@@ -213,18 +218,15 @@ class EngineReplica:
         """What ray_routing.LeastQueuedCost knows of work that other handles sent here."""
         return {QUEUED_COST: self._tick.cost_left}
 
-    async def __del__(self) -> None:
-        """Ends the engine. Serve has waited for the streams before."""
-        if hasattr(self, "_writer"):
-            self._send(Stop())
-            self._writer.close()
+    def __del__(self) -> None:
+        """Ends the engine. Serve calls it when the streams have ended, or were waited for long enough."""
+        if hasattr(self, "_writer") and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._writer.close)
 
 
 def _replica_name(model: str) -> str:
-    """This replica's name in its cluster."""
-    from ray import serve
-
-    try:
-        return str(serve.get_replica_context().replica_tag)
-    except Exception:  # outside of Serve, in tests
-        return f"{model}-{os.getpid()}"
+    """This replica's name in its cluster; outside of Ray Serve, a name of its process."""
+    if "ray.serve" in sys.modules:
+        with suppress(sys.modules["ray.serve"].exceptions.RayServeException):
+            return str(sys.modules["ray.serve"].get_replica_context().replica_tag)
+    return f"{model}-{os.getpid()}"

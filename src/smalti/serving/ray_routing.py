@@ -4,6 +4,7 @@ Ray counts requests; a picture of 50 guided steps is worth twenty-five of one th
 Ray alone, from the paths that ray_app.py gives it.
 """
 
+from itertools import count
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
@@ -16,12 +17,14 @@ class LeastQueuedCost(FIFOMixin, RequestRouter):  # type: ignore[misc]
     """Sends a picture to the replica with the least work.
 
     That is what this handle has sent there and has not ended or, where it is more, what the replica last told of, for
-    there may be other handles.
+    there may be other handles. Equals take turns.
     """
 
     def initialize_state(self, **_: object) -> None:
         """Nothing has been sent."""
         self._costs: dict[str, tuple[ReplicaID, float]] = {}  # by request
+        self._turns: dict[ReplicaID, int] = {}
+        self._numbers = count()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -29,13 +32,14 @@ class LeastQueuedCost(FIFOMixin, RequestRouter):  # type: ignore[misc]
         """Each replica a rank of its own, the least loaded first."""
         return [[replica] for replica in sorted(candidate_replicas, key=self._load)]
 
-    def _load(self, replica: RunningReplica) -> tuple[float, float]:
+    def _load(self, replica: RunningReplica) -> tuple[float, int]:
         sent = sum(cost for where, cost in self._costs.values() if where == replica.replica_id)
         told = float(replica.routing_stats.get(QUEUED_COST, 0.0))
-        return max(sent, told), told
+        return max(sent, told), self._turns.get(replica.replica_id, -1)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
         """Count it."""
+        self._turns[replica_id] = next(self._numbers)
         cost = float(pending_request.kwargs.get("cost", 1.0))
         self._costs[pending_request.metadata.internal_request_id] = (replica_id, cost)
 
