@@ -40,7 +40,8 @@ from smalti.cli_mup import mup_command
 from smalti.cli_mup_arguments import Mup
 from smalti.cli_options import as_arguments, check_device, chosen_budget, set_threads
 from smalti.cli_progress import progress_bar
-from smalti.cli_serve_arguments import Top
+from smalti.cli_serve import replay_command, serve_command
+from smalti.cli_serve_arguments import Replay, Serve, Top
 from smalti.cli_top import top_command
 from smalti.cli_weights import adapt_command, convert_command, export_command
 from smalti.errors import UserError
@@ -415,6 +416,8 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Data: data_command,
     Doctor: doctor_command,
     ReplayNan: replay_nan_command,
+    Serve: serve_command,
+    Replay: replay_command,
     Top: top_command,
     Mup: mup_command,
     Info: _info,

@@ -10,7 +10,7 @@ class DrawingEngine:
 
     def __init__(self, run, **settings):
         self.told = []
-        self.engine, self.card = load_engine(ModelSettings(name="digits", run=str(run), **settings), self.told.append)
+        self.engine = load_engine(ModelSettings(name="digits", run=str(run), **settings), self.told.append)
 
     def events(self, number):
         return [event for event in self.told if event.number == number]

@@ -6,6 +6,7 @@ is tried again in halves, so that a picture which cannot be drawn fails alone. A
 """
 
 import io
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from smalti import __version__
 from smalti.diffusion.denoiser import x0_and_variance
 from smalti.errors import UserError
 from smalti.images import to_pil
@@ -27,14 +29,18 @@ from smalti.serving.messages import (
     Failed,
     FailureCode,
     Finished,
+    ModelCard,
     PictureEvent,
     PictureOrder,
     Preview,
     Tick,
 )
 from smalti.serving.picture import Answer, Picture, Question, prepare
+from smalti.serving.receipts import receipt_of, stamp
 from smalti.serving.scheduling import Candidate, FairClock, SchedulingSettings, choose
 from smalti.types import Condition, Denoiser, concat_conditions
+
+_log = logging.getLogger(__name__)
 
 _SMOOTHING = 0.1  # of the mean step time
 
@@ -78,11 +84,11 @@ class _Live:
 class Engine:
     """Draws pictures with a pipeline. emit: takes what happens to them. clock: seconds that only go forward.
 
-    slots: where checkpoints go. tokens: of a row, for costs. faults: misbehaves as orders say, in tests.
+    slots: where checkpoints go. card: what receipts name. faults: misbehaves as orders say, in tests.
     """
 
     pipeline: Pipeline
-    tokens: int
+    card: ModelCard
     emit: Callable[[PictureEvent], None]
     settings: EngineSettings = field(default_factory=EngineSettings)
     slots: CheckpointSlots | None = None
@@ -125,6 +131,10 @@ class Engine:
             key = picture.question().key
         except UserError as error:
             self.emit(Failed(task.number, "invalid_request", str(error), _field_of(str(error))))
+            return
+        except Exception as error:  # an order that breaks something must not take the others along
+            _log.exception("picture %d cannot be begun", task.number)
+            self.emit(Failed(task.number, "internal_error", f"{type(error).__name__}: {error}"))
             return
         if len(self._plans) > 256:  # of callers who vary an option endlessly
             self._plans.clear()
@@ -192,7 +202,7 @@ class Engine:
         return Tick(self._ticks, rows, self._padded(rows), seconds, begun, len(self._live) - begun, left)
 
     def _step_cost(self, picture: Picture) -> float:
-        return float(picture.rows * self.tokens)
+        return float(picture.rows * self.card.tokens)
 
     def _candidate(self, live: _Live) -> Candidate:
         picture, order = live.picture, live.task.order
@@ -233,7 +243,12 @@ class Engine:
             self._fair.charge(order.tenant, self._step_cost(live.picture), order.weight)
             live.first_step = now if live.first_step is None else live.first_step
             live.last_step = now
-            self._advance(live, answer)
+            try:
+                self._advance(live, answer)
+            except Exception as error:  # as above: of this picture alone
+                _log.exception("picture %d", live.number)
+                if live.number in self._live:
+                    self._fail(live, "internal_error", f"{type(error).__name__}: {error}")
         self._fair.settle({live.task.order.tenant for live in self._live.values()})
 
     def _split(self, chosen: Sequence[_Live], error: Exception) -> None:
@@ -287,12 +302,16 @@ class Engine:
     def _finish(self, live: _Live) -> None:
         picture, now = live.picture, self.clock()
         image, width, height = self._encoded(live, picture.trajectory.x)
+        card = self.card
+        receipt = receipt_of(
+            live.task.order, model=card.name, version=card.version, smalti=__version__, torch=str(torch.__version__)
+        )
         calls = picture.plan.num_calls
         del self._live[live.number]
         self.emit(
             Finished(
                 live.number,
-                image,
+                stamp(image, receipt),
                 width,
                 height,
                 calls,

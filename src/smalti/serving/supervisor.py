@@ -18,7 +18,7 @@ from smalti.serving.messages import Failed, Finished, ModelCard, PictureOrder
 from smalti.serving.model_settings import ModelSettings
 from smalti.serving.pool import AcceptedPicture, Pool, PoolSettings
 from smalti.serving.queue_bound import QueueBound, expected_cost
-from smalti.serving.service import NotReady, ServiceState, ShuttingDown
+from smalti.serving.service import NotReady, ServiceState, ShuttingDown, Ticket
 from smalti.serving.ticket import PictureTicket
 
 
@@ -87,7 +87,7 @@ class Supervisor:
 
     # --- pictures
 
-    def submit(self, model: str, orders: Sequence[PictureOrder]) -> list[PictureTicket]:
+    def submit(self, model: str, orders: Sequence[PictureOrder]) -> list[Ticket]:
         """Accept all orders or none. Raises UserError, QueueFull, NotReady or ShuttingDown."""
         if self._draining:
             raise ShuttingDown("the server is shutting down", self.settings.drain_seconds)
@@ -98,7 +98,7 @@ class Supervisor:
             raise NotReady(f"{card.key}: no worker stays alive", self.settings.pool.max_backoff)
         costs = [expected_cost(card, order) for order in orders]
         self._bound.check(self._cost, costs)
-        tickets = []
+        tickets: list[Ticket] = []
         for order, cost in zip(orders, costs, strict=True):
             number = next(self._numbers)
             ticket = PictureTicket(number, card, pool.cancel, pool.place_of)
@@ -114,9 +114,13 @@ class Supervisor:
 
     # --- life
 
+    def refuse_new(self) -> None:
+        """Take nothing new from now on."""
+        self._draining = True
+
     async def drain(self) -> None:
         """Take nothing new, finish what is there for at most drain_seconds, and end the workers."""
-        self._draining = True
+        self.refuse_new()
         waits = asyncio.gather(*(pool.until_empty() for pool in self._pools))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(waits, self.settings.drain_seconds)
