@@ -8,24 +8,27 @@ user_config, which Ray Serve changes without a restart. Ray is imported inside t
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from smalti.errors import UserError
+from smalti.serving.arms import Arms
 from smalti.serving.messages import ModelCard
 from smalti.serving.model_settings import ModelSettings
 from smalti.serving.ray_engine import MOST_PICTURES, EngineReplica
 from smalti.serving.ray_messages import Beat
 from smalti.serving.ray_service import OpenStream, RayPictureService, RayServiceSettings
+from smalti.serving.server_metrics import MeasuredService, ServerMetrics
 from smalti.serving.server_settings import ServerSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
+
+    from smalti.serving.server import ServedRun
 
 API = "smalti"  # the API's application
 _ENGINE = "smalti-engine-"  # what the names of engines' applications begin with
@@ -40,7 +43,8 @@ class RaySettings:
     replicas: of each model, or with max_replicas the fewest. max_replicas: scale up to so many by queued cost;
     target_cost: rows x tokens x calls that a replica should have queued. cpus, gpus: of a replica. api_replicas: of the
     API, each with its own bounded queue. hang_seconds: with work and without a sign for the larger of this and 20
-    steps, Ray ends a replica. drain_seconds: for pictures in flight when a replica is stopped.
+    steps, Ray ends a replica; it looks every health_seconds. drain_seconds: for pictures in flight when a replica is
+    stopped. proxies: where Ray listens for HTTP; a connection ends with the machine whose proxy it goes through.
     """
 
     replicas: int = 1
@@ -52,6 +56,7 @@ class RaySettings:
     hang_seconds: float = 10.0
     drain_seconds: float = 120.0
     health_seconds: float = 5.0
+    proxies: Literal["EveryNode", "HeadOnly"] = "EveryNode"
     service: RayServiceSettings = field(default_factory=RayServiceSettings)
 
     def __post_init__(self) -> None:
@@ -65,12 +70,13 @@ class RaySettings:
 
 
 class Api:
-    """The API's replica: the FastAPI application over a RayPictureService."""
+    """The API's replica: the FastAPI application over arms over a RayPictureService."""
 
     def __init__(self, server: bytes, service: bytes) -> None:
         """server: ServerSettings, service: RayServiceSettings, as MessagePack."""
         self.server = msgspec.msgpack.decode(server, type=ServerSettings)
         self.service = RayPictureService(msgspec.msgpack.decode(service, type=RayServiceSettings))
+        self.arms = Arms(self.service)
         self._handles: dict[str, tuple[ModelCard, Any]] = {}  # by application
         self._beats: asyncio.Task[None] | None = None
 
@@ -79,24 +85,33 @@ class Api:
         from smalti.serving.app import create_app
         from smalti.serving.state_router import state_router
 
-        return create_app(self.service, self.server, routers=[state_router(self.service)])
+        metrics = ServerMetrics()
+        service = MeasuredService(self.arms, metrics)
+        return create_app(service, self.server, metrics=metrics, routers=[state_router(service)])
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Serve the engines of these applications: {"engines": [...]}, the newest of a model last."""
+        """Serve the engines of these applications: {"engines": {application: weight}}, of each model its control first.
+
+        Weights are of a model's arms. Raises what Ray raises where an application is not there.
+        """
         from ray import serve
 
+        engines: dict[str, float] = config.get("engines", {})
         handles = {}
-        for application in config.get("engines", []):
-            if application in self._handles:
-                handles[application] = self._handles[application]
-                continue
-            handle = serve.get_app_handle(application)
-            handles[application] = (msgspec.msgpack.decode(await handle.card.remote(), type=ModelCard), handle)
+        for application in engines:
+            if application not in self._handles:
+                handle = serve.get_app_handle(application)
+                card = msgspec.msgpack.decode(await handle.card.remote(), type=ModelCard)
+                self._handles[application] = card, handle
+            handles[application] = self._handles[application]
         self._handles = handles
         self.service.set_engines([(card, _opener(handle)) for card, handle in handles.values()])
+        for name in {card.name for card, _ in handles.values()}:
+            weights = {card.key: engines[app] for app, (card, _) in handles.items() if card.name == name}
+            self.arms.set_arms(name, weights)
+        await self._ask_once()
         if self._beats is None:
             self._beats = asyncio.create_task(self._ask_for_beats())
-        await self._ask_once()
 
     async def _ask_for_beats(self) -> None:
         while True:
@@ -127,6 +142,8 @@ def engine_application(model: ModelSettings, settings: RaySettings | None = None
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
     settings = settings or RaySettings()
+    if settings.gpus:  # of which Ray shows a replica its own
+        model = msgspec.structs.replace(model, devices=("cuda:0",))
     if settings.max_replicas is None:
         number: dict[str, Any] = {"num_replicas": settings.replicas}
     else:
@@ -157,9 +174,9 @@ def engine_application(model: ModelSettings, settings: RaySettings | None = None
 
 
 def api_application(
-    engines: list[str], server: ServerSettings | None = None, settings: RaySettings | None = None
+    engines: Mapping[str, float], server: ServerSettings | None = None, settings: RaySettings | None = None
 ) -> "Application":
-    """The API over the engines of these applications, the newest of a model last; to be run as "smalti" at /."""
+    """The API, to be run as "smalti" at /. engines: applications and the weights of their arms, the control first."""
     from ray import serve
 
     settings = settings or RaySettings()
@@ -170,7 +187,7 @@ def api_application(
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=settings.drain_seconds,
-        user_config={"engines": engines},
+        user_config={"engines": dict(engines)},
     )
     encode = msgspec.msgpack.encode
     return deployment.bind(encode(server or ServerSettings()), encode(settings.service))
@@ -182,16 +199,17 @@ def engine_name(model: ModelSettings) -> str:
 
 
 def deploy_on_ray(
-    models: Mapping[str, Path],
+    runs: Sequence["ServedRun"],
     settings: RaySettings | None = None,
     server: ServerSettings | None = None,
     model: ModelSettings | None = None,
 ) -> None:
-    """Serve these runs, by name, on the Ray cluster that is there, or on this machine; returns when they are up.
+    """Serve runs on the Ray cluster that is there, or else on this machine alone; returns when they are up.
 
     Called again with other runs, it starts the new ones, points the API to them and then stops those that are not
-    named any more, each after its pictures. model: how each is run, but for name and run. A cluster's machines must
-    find the runs at the same paths. Raises UserError where a run cannot be served, and where Ray is not installed.
+    named any more, each after its pictures. Runs of one name are its arms. model: how each is run, but for name and
+    run. A cluster's machines must find the runs at the same paths. Raises UserError where a run cannot be served, and
+    where Ray is not installed.
     """
     try:
         import ray
@@ -200,23 +218,24 @@ def deploy_on_ray(
         raise UserError("serving on Ray needs Ray Serve: pip install 'smalti[ray]'") from None
     settings, server = settings or RaySettings(), server or ServerSettings()
     template = model or ModelSettings(name="", run="")
-    wanted = [
-        msgspec.structs.replace(template, name=name, run=str(Path(run).absolute())) for name, run in models.items()
-    ]
+    engines: dict[str, float] = {}
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
-    serve.start(http_options={"host": server.host, "port": server.port})
-    for one in wanted:
+    serve.start(proxy_location=settings.proxies, http_options={"host": server.host, "port": server.port})
+    for one in runs:
+        own = msgspec.structs.replace(template, name=one.name, run=str(one.run.absolute()))
+        application = engine_name(own)
+        engines[application] = one.weight
         try:
-            serve.run(engine_application(one, settings), name=engine_name(one), route_prefix=None)
+            serve.run(engine_application(own, settings), name=application, route_prefix=None)
         except RuntimeError as error:
-            status = serve.status().applications.get(engine_name(one))
+            status = serve.status().applications.get(application)
             reason = str(error) if status is None else status.message or str(error)
-            raise UserError(f"{one.name}: run={one.run} cannot be served on Ray: {_last_line(reason)}") from None
-    names = [engine_name(one) for one in wanted]
-    serve.run(api_application(names, server, settings), name=API, route_prefix="/")
+            serve.delete(application)
+            raise UserError(f"{own.name}: run={own.run} cannot be served on Ray: {_last_line(reason)}") from None
+    serve.run(api_application(engines, server, settings), name=API, route_prefix="/")
     for application in serve.status().applications:
-        if application.startswith(_ENGINE) and application not in names:
+        if application.startswith(_ENGINE) and application not in engines:
             serve.delete(application)
 
 

@@ -97,7 +97,7 @@ class EngineReplica:
 
         try:
             with suppress(ConnectionError):
-                serve(BlockingChannel(connection, ToWorker), self._memory, self.settings)
+                serve(BlockingChannel(connection, ToWorker), self._memory, self.settings, number=0)
         except Exception:
             _log.exception("%s: the engine's thread has ended", self.settings.name)
         finally:

@@ -11,11 +11,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from smalti.errors import unknown_name
+from smalti.errors import UserError, unknown_name
 from smalti.serving.messages import (
     Admitted,
     Draw,
@@ -84,7 +85,7 @@ class _Accepted:
 
 
 class RayPictureService:
-    """Implements service.PictureService. Lives on one event loop."""
+    """Implements service.VersionedService, of which versions come by set_engines alone. Lives on one event loop."""
 
     def __init__(self, settings: RayServiceSettings | None = None) -> None:
         self.settings = settings or RayServiceSettings()
@@ -113,6 +114,14 @@ class RayPictureService:
         if not self._engines:
             raise NotReady("no engine is up yet", 2.0)
         raise unknown_name("model", model, {card.name for card, _ in self._engines.values()})
+
+    async def add_version(self, name: str, run: Path) -> ModelCard:
+        """Versions on Ray are applications, which are deployed from outside. Raises UserError that says so."""
+        raise UserError(f"{name}: on Ray, versions are added by deploying them: `smalti serve --ray` with {run}")
+
+    async def retire_version(self, key: str) -> None:
+        """See add_version. Raises UserError."""
+        raise UserError(f"{key}: on Ray, versions are retired by deploying the others: `smalti serve --ray`")
 
     # --- pictures
 
