@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -21,8 +20,6 @@ from smalti.serving.model_settings import ModelSettings
 from smalti.serving.pool import AcceptedPicture, Pool, PoolSettings
 from smalti.serving.service import NotReady, QueueFull, ServiceState, ShuttingDown, Ticket
 from smalti.serving.ticket import PictureTicket
-
-_RATE_WINDOW = 30.0  # seconds over which throughput is measured
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,6 @@ class Supervisor:
         self.settings = settings
         self._pools: list[Pool] = []
         self._numbers = count(1)
-        self._cost = 0.0
-        self._done: deque[tuple[float, float]] = deque()  # (when, cost) of what was finished lately
         self._finished = 0  # pictures
         self._draining = False
 
@@ -101,7 +96,7 @@ class Supervisor:
         if pool.given_up:
             raise NotReady(f"{card.key}: no worker stays alive", self.settings.pool.max_backoff)
         costs = [expected_cost(card, order) for order in orders]
-        room = self.settings.cost_limit - self._cost
+        room = self.settings.cost_limit - self._cost_left()
         if sum(costs) > room:
             if sum(costs) > self.settings.cost_limit:
                 raise UserError(
@@ -113,25 +108,19 @@ class Supervisor:
         for order, cost in zip(orders, costs, strict=True):
             number = next(self._numbers)
             ticket = PictureTicket(number, card, pool.cancel, pool.place_of)
-            self._cost += cost
             pool.accept(AcceptedPicture(number, order, ticket, cost, time.monotonic()))
             tickets.append(ticket)
         return tickets
 
     def _on_end(self, picture: AcceptedPicture, event: Finished | Failed) -> None:
-        self._cost = sum(one.cost for pool in self._pools for one in pool.pictures.values())
-        if isinstance(event, Finished):
-            self._done.append((time.monotonic(), event.cost))
-            self._finished += 1
+        self._finished += isinstance(event, Finished)
+
+    def _cost_left(self) -> float:
+        return sum(pool.cost_left() for pool in self._pools)
 
     def cost_per_second(self) -> float:
-        """What was finished a second, over the last half minute; 0 where nothing was."""
-        now = time.monotonic()
-        while self._done and now - self._done[0][0] > _RATE_WINDOW:
-            self._done.popleft()
-        if not self._done:
-            return 0.0
-        return sum(cost for _, cost in self._done) / max(1.0, now - self._done[0][0])
+        """What is done a second, over the last half minute; 0 where nothing was."""
+        return sum(pool.work.a_second() for pool in self._pools)
 
     def _seconds_until(self, cost: float) -> float:
         """How long until so much of what is there is done; a guess of a second where nothing was measured."""
@@ -163,7 +152,7 @@ class Supervisor:
         workers = [state for pool in pools for state in pool.worker_states()]
         return ServiceState(
             tuple(replace(state, number=i) for i, state in enumerate(workers)),
-            self._cost,
+            self._cost_left(),
             self.settings.cost_limit,
             self.cost_per_second(),
             sum(pool.ticks for pool in pools),
