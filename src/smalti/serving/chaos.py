@@ -46,7 +46,8 @@ class Account:
 
     def take(self, answers: Sequence[Answer]) -> None:
         """Count answers of requests; those that were refused were not accepted."""
-        accepted = [a for a in answers if a.status not in (400, 413, 429)]
+        refused = ("shutting_down", "not_ready", "unavailable")
+        accepted = [a for a in answers if a.status not in (400, 413, 429) and a.code not in refused]
         self.accepted += len(accepted)
         self.ends.update(a.code for a in accepted if a.code != "no_answer")
 
@@ -322,30 +323,30 @@ SHARED: dict[str, Scenario] = {
 }
 
 
-async def sigterm_under_load(run: Path) -> Account:
+async def sigterm_under_load(run: Path, steps: int) -> Account:
     """SIGTERM while pictures are drawn."""
     account = Account("SIGTERM under load")
     async with rehearsal_server(run) as server:
         await server.until_ready(2)
-        drawing = asyncio.ensure_future(server.draw_all([_body(i, 100) for i in range(16)]))
-        await server.until_busy()
+        drawing = asyncio.ensure_future(server.draw_all([_body(i, 2 * steps) for i in range(16)]))
+        await server.until_holding(16)
         status = await server.stop()
         answers = await drawing
     account.take(answers)
-    account.checks["each accepted one was drawn"] = account.ends == Counter(ok=account.accepted)
+    account.checks["each accepted one was drawn"] = account.ends == Counter(ok=16)
     account.checks["the server exits with 0"] = status == 0
     account.notes.append(f"exit status {status}")
     return account
 
 
-async def killed_parent(run: Path) -> Account:
+async def killed_parent(run: Path, steps: int) -> Account:
     """kill -9 of the parent while jobs are drawn, and a restart on the same store."""
     account = Account("killed parent")
     with tempfile.TemporaryDirectory(prefix="smalti-chaos-") as name:
         folder = Path(name)
         async with rehearsal_server(run, folder=folder) as server:
             workers = await server.until_ready(2)
-            jobs = [(await server.client.post("/v1/jobs", json=_body(i, 300))).json()["id"] for i in range(8)]
+            jobs = [(await server.client.post("/v1/jobs", json=_body(i, 2 * steps))).json()["id"] for i in range(8)]
             await server.until_busy()
             server.process.kill()
             await server.process.wait()
@@ -360,14 +361,14 @@ async def killed_parent(run: Path) -> Account:
             account.checks["each job is done once, after the restart"] = all(
                 end["status"] == "succeeded" and len(end["images"]) == 1 for end in ends
             )
-            alone = await server.draw(_body(3, 300))
+            alone = await server.draw(_body(3, 2 * steps))
             image = await server.client.get(f"/v1/jobs/{jobs[3]}/images/0")
             same = alone.picture is not None and without_receipt(image.content) == without_receipt(alone.picture)
             account.checks["a recovered picture is the undisturbed one, to the byte"] = same
     return account
 
 
-OWN: dict[str, Callable[[Path], Awaitable[Account]]] = {
+OWN: dict[str, Callable[[Path, int], Awaitable[Account]]] = {
     "sigterm": sigterm_under_load,
     "killed-parent": killed_parent,
 }
@@ -403,7 +404,7 @@ async def run_chaos(
                     accounts.append(account)
     for name in names:
         if name in OWN:
-            account = await OWN[name](run)
+            account = await OWN[name](run, steps)
             told(account)
             accounts.append(account)
     return accounts

@@ -76,6 +76,12 @@ class RehearsalServer:
             while (await self.state())["ticks"] < begun + 12:
                 await asyncio.sleep(0.02)
 
+    async def until_holding(self, pictures: int) -> None:
+        """Wait until so many pictures are in the workers. Raises TimeoutError."""
+        async with asyncio.timeout(_STARTS_WITHIN):
+            while sum(w["live"] + w["waiting"] for w in (await self.state())["workers"]) < pictures:
+                await asyncio.sleep(0.01)
+
     async def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
         text = (await self.client.get("/metrics")).text

@@ -44,6 +44,7 @@ class Supervisor:
         self._pools: list[Pool] = []
         self._numbers = count(1)
         self._finished = 0  # pictures
+        self._promised_until = 0.0  # the moment that the last one refused was told
         self._draining = False
 
     # --- models
@@ -103,7 +104,7 @@ class Supervisor:
                     f"the request costs {sum(costs):.0f} (rows x tokens x calls), the whole queue holds "
                     f"{self.settings.cost_limit:.0f}: ask for fewer pictures or steps"
                 )
-            raise QueueFull("the queue is full", self._seconds_until(sum(costs) - room))
+            raise QueueFull("the queue is full", self._seconds_until_room(sum(costs), sum(costs) - room))
         tickets: list[Ticket] = []
         for order, cost in zip(orders, costs, strict=True):
             number = next(self._numbers)
@@ -122,10 +123,18 @@ class Supervisor:
         """What is done a second, over the last half minute; 0 where nothing was."""
         return sum(pool.work.a_second() for pool in self._pools)
 
-    def _seconds_until(self, cost: float) -> float:
-        """How long until so much of what is there is done; a guess of a second where nothing was measured."""
-        rate = self.cost_per_second()
-        return max(1.0, cost / rate) if rate else 1.0
+    def _seconds_until_room(self, cost: float, missing: float) -> float:
+        """When a request of this cost, for which so much room is missing, should come again.
+
+        Those that were told to come again have the first room: each is told a later moment than the one before.
+        """
+        rate, now = self.cost_per_second(), time.monotonic()
+        if not rate:
+            return 1.0  # nothing was measured
+        self._promised_until = max(now + missing / rate, self._promised_until + cost / rate)
+        # Not all come again, and none has to wait until the whole queue is empty.
+        self._promised_until = min(self._promised_until, now + self.settings.cost_limit / rate)
+        return max(1.0, self._promised_until - now)
 
     # --- life
 
