@@ -109,3 +109,29 @@ class Replay:
     """Where to write the picture drawn again."""
     threads: int = 1
     """As the server's workers had."""
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """Break a server of a run on purpose, and account for every request that it had accepted.
+
+    Examples: smalti chaos runs/mnist
+              smalti chaos runs/mnist --only killed-worker poison-request
+              smalti chaos runs/mnist --soak 600          ten minutes at 80 % load, a worker killed every 20 s
+
+    Starts real servers on loopback and kills real processes of theirs (Linux). Exits with 1 where something did not
+    hold.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run to serve."""
+    only: tuple[str, ...] = ()
+    """These scenarios alone; a wrong name lists them."""
+    soak: float | None = None
+    """Instead of the scenarios: seconds of load with kills."""
+    load: float = 0.8
+    """Of the soak: share of what the server can draw."""
+    kill_every: float = 20.0
+    """Of the soak: seconds between kills."""
+    out: Path | None = None
+    """Append the account as a line of JSON."""

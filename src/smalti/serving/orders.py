@@ -124,7 +124,8 @@ def _steps(request: PictureRequest, card: ModelCard) -> int | None:
         return request.num_inference_steps
     match told_quality(request.quality):
         case "low":
-            return max(card.num_inference_steps // 2, 1)
+            # Many solvers need two steps; a model of one step has no lower quality.
+            return max(card.num_inference_steps // 2, min(card.num_inference_steps, 2))
         case "high":
             return min(2 * card.num_inference_steps, MOST_STEPS)
     return None

@@ -200,6 +200,7 @@ class _DrainingServer(uvicorn.Server):
         self._supervisor = supervisor
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end; a second signal ends at once."""
+        """Begin to end; a second signal ends at once. The process then exits with 0, where uvicorn would raise it."""
         self._supervisor.refuse_new()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit
+        self.should_exit = True
