@@ -283,7 +283,7 @@ def test_worse_is_more_than_the_threshold_and_more_than_chance():
 
 
 def test_equal_arms_are_seldom_rolled_back():
-    """100 experiments each of 1,000 pictures an arm, both failing at the same share: how often chance takes an arm out."""
+    """How often chance takes an arm out, of 100 experiments of 1,000 pictures an arm that fail at the same share."""
     generator = random.Random(0)
     for share, most in ((0.02, 0), (0.2, 1), (0.5, 1)):
         wrong = 0
