@@ -22,7 +22,7 @@ from smalti.serving.store import open_store
 from smalti.serving.webhooks import Webhooks
 
 CARD = card()
-SETTINGS = JobSettings(max_attempts=1000, progress_seconds=0.005, flush_seconds=0.01, close_seconds=0.2)
+SETTINGS = JobSettings(max_attempts=1000, progress_seconds=0.005, flush_seconds=0.01, close_seconds=0.02)
 
 
 class HandMovedService:
@@ -212,5 +212,5 @@ class JobLives(RuleBasedStateMachine):
 
 TestJobLives = JobLives.TestCase
 TestJobLives.settings = settings(
-    max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=10, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -125,7 +125,7 @@ class Jobs:
         await self.webhooks.start()
         waiting: dict[str, list[LiveJob]] = {}
         for job in await self.store.read(unfinished_jobs):
-            live = self._live[job.id] = LiveJob(job)
+            live = self._live[job.id] = _left_over(job)
             waiting.setdefault(job.model, []).append(live)
         for lives in waiting.values():
             self._spawn(self._resume(lives))
@@ -212,7 +212,7 @@ class Jobs:
             for ticket in tickets:
                 ticket.cancel()
             raise
-        live = self._live[job.id] = LiveJob(job)
+        live = self._live[job.id] = LiveJob(job, job.attempts)
         live.log.tell("queued", {"attempt": 1})
         live.tickets = tickets
         self._spawn(self._follow(live, dict(enumerate(tickets))))
@@ -250,7 +250,7 @@ class Jobs:
         """End a job at the next step, unless it has ended; its state then. Raises JobNotFound."""
         job = await self.get(tenant, id)
         if not job.finished:
-            live = self._live.get(id) or LiveJob(job)
+            live = self._live.get(id) or _left_over(job)
             await self._end(live, "cancelled", None)
             for ticket in live.tickets:
                 ticket.cancel()
@@ -310,7 +310,6 @@ class Jobs:
         async with live.lock:
             job = replace(live.job, status="queued", attempts=live.job.attempts + 1)
             live.job = job
-            live.log.begin_attempt(job.attempts)
             await live.write(self.store, partial(begin_attempt, id=job.id, attempts=job.attempts))
             live.log.tell("queued", {"attempt": job.attempts})
         orders = [job.orders[i] for i in missing]
@@ -445,6 +444,11 @@ class Jobs:
                 await self.store.write(give_back_room)
         except Unavailable as error:
             _log.warning("expired jobs cannot be deleted now: %s", error)
+
+
+def _left_over(job: Job) -> LiveJob:
+    """A job of an earlier server's, whose listeners have heard events of its last attempt already."""
+    return LiveJob(job, job.attempts + 1)
 
 
 async def _repeated(work: Any, seconds: float) -> None:

@@ -15,13 +15,13 @@ _log = logging.getLogger(__name__)
 class LiveJob:
     """All that changes it holds its lock, so that what happens is stored and told in one order.
 
-    files: of pictures that the store has not taken yet.
+    attempt: that its events are numbered by. files: of pictures that the store has not taken yet.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, attempt: int) -> None:
         self.job = job
         before = sorted((picture_event(job.id, p) for p in job.pictures), key=lambda e: e.number)
-        self.log = EventLog(job.attempts, before)
+        self.log = EventLog(attempt, before)
         self.lock = asyncio.Lock()
         self.tickets: list[Ticket] = []
         self.unwritten: deque[Operation[bool | None]] = deque()
