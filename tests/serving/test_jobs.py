@@ -364,8 +364,25 @@ def test_a_slow_listener_gets_the_latest_preview_and_holds_up_nobody(tmp_path):
             assert (await anext(events)).kind == "queued"
             other = await ended(jobs, made.id)
             assert kinds(other[1]).count("preview") == 3
-            rest = [event async for event in events]
-            assert "preview" not in kinds(rest)  # all stood for a picture that is done
-            assert kinds(rest)[-2:] == ["picture", "succeeded"]
+            rest = [kind for kind in kinds([event async for event in events]) if kind != "progress"]
+            # The previews were of a picture that is done.
+            assert rest == ["running", "picture", "succeeded"]
+
+    run(work())
+
+
+def test_who_heard_a_dead_server_hears_the_end_from_the_next(tmp_path):
+    """Found by the state machine: a job ended before its next attempt began was told by a number of the last one."""
+
+    async def work():
+        settings = replace(QUICK, close_seconds=0.01)
+        async with running_jobs(tmp_path / "jobs.db", DoubleService(step_seconds=1.0), settings) as jobs:
+            made, _ = await jobs.create(new_job())
+            events = jobs.events("alice", made.id)
+            assert [(await anext(events)).kind for _ in range(2)] == ["queued", "running"]
+            last = (await anext(events)).number
+        async with running_jobs(tmp_path / "jobs.db", DoubleService(room=0)) as jobs:
+            await jobs.cancel("alice", made.id)
+            assert [e.kind async for e in jobs.events("alice", made.id, last)][-1] == "cancelled"
 
     run(work())

@@ -160,10 +160,10 @@ class Webhooks:
             wait: float | None = None
             try:
                 await self._send_due()
-                due = await self.store.read(
-                    partial(next_due, not_these=list(self._sending), not_hosts=self._busy_hosts())
-                )
-                wait = None if due is None else max(due - time.time(), 0.5)
+                sending = list(self._sending)
+                if len(sending) < self.settings.concurrency:
+                    due = await self.store.read(partial(next_due, not_these=sending, not_hosts=self._busy_hosts()))
+                    wait = None if due is None else max(due - time.time(), 0.02)
             except Unavailable:
                 wait = 5.0
             except Exception:
