@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 from smalti.cli_data_arguments import Data
 from smalti.cli_ema_arguments import Ema
 from smalti.cli_mup_arguments import Mup
+from smalti.cli_serve_arguments import Chaos, Replay, Serve, Top
 
 
 @dataclass(frozen=True)
@@ -458,12 +459,16 @@ COMMANDS: dict[str, type[Any]] = {
     "data": Data,
     "doctor": Doctor,
     "replay-nan": ReplayNan,
+    "serve": Serve,
+    "replay": Replay,
+    "chaos": Chaos,
+    "top": Top,
     "mup": Mup,
     "info": Info,
     "completion": Completion,
 }
 
-DESCRIPTION = """smalti: train, sample and measure diffusion transformers.
+DESCRIPTION = """smalti: train, sample, measure and serve diffusion transformers.
 
 Five minutes, from nothing to judged digits:
 
@@ -472,6 +477,7 @@ Five minutes, from nothing to judged digits:
     smalti eval runs/mnist               how good are they?
     smalti explain --steps 5             what did the solver do?
     smalti tune runs/mnist --budget 10   which settings suit ten network calls?
+    smalti serve runs/mnist              a page and an API that draw them
     smalti info runs/mnist               what is this model?
 
 From a folder of pictures with captions to pictures of a prompt:

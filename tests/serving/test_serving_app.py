@@ -113,6 +113,23 @@ def test_text_is_no_number_in_json():
         error_of(generate({"prompt": "7", field: value}), 400, "invalid_value", field)
 
 
+def test_whole_numbers_may_have_a_point():
+    body = b'{"prompt": "7", "n": 2.0, "seed": 1e2, "num_inference_steps": 3.0}'
+    answer = ask("POST", "/v1/images/generations", content=body, headers={"content-type": "application/json"})
+    assert [image["seed"] for image in answer.raise_for_status().json()["data"]] == [100, 101]
+
+
+def test_the_document_has_the_bounds():
+    document = ask("GET", "/openapi.json").json()
+    edits = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    generations = document["components"]["schemas"]["GenerationRequest"]
+    for name, (least, most) in {"n": (1, 10), "num_inference_steps": (1, 1000), "partial_images": (0, 3)}.items():
+        for field in (edits["properties"][name], generations["properties"][name]["anyOf"][0]):
+            assert (field["type"], field["minimum"], field["maximum"]) == ("integer", least, most)
+    assert edits["properties"]["image"] == {**edits["properties"]["image"], "type": "string", "format": "binary"}
+    assert (edits["required"], edits["additionalProperties"]) == (["image"], False)
+
+
 def test_prompts_labels_and_models():
     service = DoubleService(card(), step_seconds=0.0)
     for fields, label in (({"prompt": " 07 "}, 7), ({"prompt": "a cat", "class_label": 2}, 2), ({"class_label": 0}, 0)):
@@ -134,6 +151,15 @@ def test_prompts_labels_and_models():
     assert "digits, other" in error_of(
         generate({"prompt": "7"}, service=two), 400, "missing_required_parameter", "model"
     )
+
+
+def test_a_name_is_its_newest_version():
+    service = DoubleService(card(), card(version="ba9876543210", num_classes=5), step_seconds=0.0)
+    assert [model["version"] for model in ask("GET", "/v1/models", service=service).json()["data"]] == ["ba9876543210"]
+    assert ask("GET", "/v1/models/digits", service=service).json()["num_classes"] == 5
+    assert ask("GET", "/v1/models/digits@0123456789ab", service=service).json()["num_classes"] == 10
+    error_of(generate({"prompt": "7"}, service=service), 400, "invalid_value", "prompt")
+    generate({"prompt": "7", "model": "digits@0123456789ab"}, service=service).raise_for_status()
 
 
 def test_sizes_and_qualities():

@@ -21,7 +21,7 @@ from smalti import __version__
 from smalti.serving.access import Gate, RateLimits, caller_of
 from smalti.serving.answers import MEDIA_TYPES, Drawing, event_text, images_response, model_object
 from smalti.serving.api_errors import ApiError, install_error_handlers, invalid, near_names
-from smalti.serving.messages import Fault, ModelCard
+from smalti.serving.messages import Fault
 from smalti.serving.openapi import (
     DRAWING_ANSWERS,
     FILE_ANSWERS,
@@ -238,9 +238,7 @@ def _models_router(service: PictureService) -> APIRouter:
     @router.get("/models")
     async def list_models() -> ModelList:
         """The served models, as OpenAI's `models.list`."""
-        newest: dict[str, ModelCard] = {}
-        for card in service.cards():
-            newest.setdefault(card.name, card)
+        newest = {card.name: card for card in service.cards()}
         return ModelList(data=[model_object(card) for card in newest.values()])
 
     @router.get("/models/{model_id}")

@@ -6,6 +6,7 @@ is tried again in halves, so that a picture which cannot be drawn fails alone. A
 """
 
 import io
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from smalti import __version__
 from smalti.diffusion.denoiser import x0_and_variance
 from smalti.errors import UserError
 from smalti.images import to_pil
@@ -27,20 +29,26 @@ from smalti.serving.messages import (
     Failed,
     FailureCode,
     Finished,
+    ModelCard,
     PictureEvent,
+    PictureOrder,
     Preview,
     Tick,
 )
 from smalti.serving.picture import Answer, Picture, Question, prepare
+from smalti.serving.receipts import receipt_of, stamp
 from smalti.serving.scheduling import Candidate, FairClock, SchedulingSettings, choose
 from smalti.types import Condition, Denoiser, concat_conditions
+
+_log = logging.getLogger(__name__)
 
 _SMOOTHING = 0.1  # of the mean step time
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """checkpoint_every: network calls between two checkpoints of a picture. max_calls: of a plan.
+    """checkpoint_every: network calls between two checkpoints of a picture. max_calls: steps of a plan, or
+    entries of an option.
 
     bucket_rows: forwards are padded up to one of these numbers of rows; empty for no padding. one_forward_each: share
     none, for a network whose rows would not come out the same to the bit.
@@ -76,11 +84,11 @@ class _Live:
 class Engine:
     """Draws pictures with a pipeline. emit: takes what happens to them. clock: seconds that only go forward.
 
-    slots: where checkpoints go. tokens: of a row, for costs. faults: misbehaves as orders say, in tests.
+    slots: where checkpoints go. card: what receipts name. faults: misbehaves as orders say, in tests.
     """
 
     pipeline: Pipeline
-    tokens: int
+    card: ModelCard
     emit: Callable[[PictureEvent], None]
     settings: EngineSettings = field(default_factory=EngineSettings)
     slots: CheckpointSlots | None = None
@@ -116,17 +124,17 @@ class Engine:
                 raise UserError(f"fault={order.fault!r}: this server allows none")
             if not order.weight > 0:
                 raise UserError(f"weight={order.weight} must be above 0")
+            _check_length(order, self.settings.max_calls)
             picture = prepare(self.pipeline, order, self._plans)
-            if picture.plan.num_calls > self.settings.max_calls:
-                calls, most = picture.plan.num_calls, self.settings.max_calls
-                raise UserError(
-                    f"num_inference_steps={order.num_inference_steps} takes {calls} network calls of {most}"
-                )
             if task.resume is not None:
                 picture.go_on_from(task.resume)
             key = picture.question().key
         except UserError as error:
             self.emit(Failed(task.number, "invalid_request", str(error), _field_of(str(error))))
+            return
+        except Exception as error:  # an order that breaks something must not take the others along
+            _log.exception("picture %d cannot be begun", task.number)
+            self.emit(Failed(task.number, "internal_error", f"{type(error).__name__}: {error}"))
             return
         if len(self._plans) > 256:  # of callers who vary an option endlessly
             self._plans.clear()
@@ -194,7 +202,7 @@ class Engine:
         return Tick(self._ticks, rows, self._padded(rows), seconds, begun, len(self._live) - begun, left)
 
     def _step_cost(self, picture: Picture) -> float:
-        return float(picture.rows * self.tokens)
+        return float(picture.rows * self.card.tokens)
 
     def _candidate(self, live: _Live) -> Candidate:
         picture, order = live.picture, live.task.order
@@ -220,6 +228,9 @@ class Engine:
 
     def _step(self, chosen: Sequence[_Live]) -> None:
         """One network call of each, in one forward, or in two where that one fails."""
+        if self.slots is not None:
+            for live in chosen:
+                self.slots.mark(live.task.slot, live.number, live.picture.call)
         try:
             if self.faults is not None:
                 self.faults.before_forward([live.task.order for live in chosen], [live.picture for live in chosen])
@@ -235,7 +246,14 @@ class Engine:
             self._fair.charge(order.tenant, self._step_cost(live.picture), order.weight)
             live.first_step = now if live.first_step is None else live.first_step
             live.last_step = now
-            self._advance(live, answer)
+            try:
+                self._advance(live, answer)
+            except Exception as error:  # as above: of this picture alone
+                _log.exception("picture %d", live.number)
+                if live.number in self._live:
+                    self._fail(live, "internal_error", f"{type(error).__name__}: {error}")
+            if self.slots is not None:
+                self.slots.unmark(live.task.slot)
         self._fair.settle({live.task.order.tenant for live in self._live.values()})
 
     def _split(self, chosen: Sequence[_Live], error: Exception) -> None:
@@ -289,12 +307,16 @@ class Engine:
     def _finish(self, live: _Live) -> None:
         picture, now = live.picture, self.clock()
         image, width, height = self._encoded(live, picture.trajectory.x)
+        card = self.card
+        receipt = receipt_of(
+            live.task.order, model=card.name, version=card.version, smalti=__version__, torch=str(torch.__version__)
+        )
         calls = picture.plan.num_calls
         del self._live[live.number]
         self.emit(
             Finished(
                 live.number,
-                image,
+                stamp(image, receipt),
                 width,
                 height,
                 calls,
@@ -332,6 +354,15 @@ def _padded_forward(
     x, t, cond = padded(x), padded(t), None if cond is None else cond.map(padded)
     x0, logits = x0_and_variance(network, x, t, cond) if learned else (network(x, t, cond), None)
     return x0[:batch], None if logits is None else logits[:batch]
+
+
+def _check_length(order: PictureOrder, most: int) -> None:
+    """Raise UserError for a plan that is too long, before it is made."""
+    if order.num_inference_steps is not None and order.num_inference_steps > most:
+        raise UserError(f"num_inference_steps={order.num_inference_steps} must be at most {most}")
+    for name, value in order.solver_options.items():
+        if isinstance(value, list) and len(value) > most:
+            raise UserError(f"{name} has {len(value)} entries, at most {most} are allowed")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -79,11 +79,14 @@ def buckets(max_rows: int) -> tuple[int, ...]:
     return (*(2**i for i in range(math.ceil(math.log2(max_rows)))), max_rows)
 
 
-def load_engine(settings: ModelSettings, emit: Callable[[PictureEvent], None]) -> tuple[Engine, ModelCard]:
-    """An engine with warm forwards, and its model's card. Raises UserError where the run cannot be served."""
+def load_engine(settings: ModelSettings, emit: Callable[[PictureEvent], None], worker: int = 0) -> Engine:
+    """An engine with warm forwards, on the device of the worker of that number.
+
+    Raises UserError where the run cannot be served.
+    """
     torch.set_num_threads(settings.threads)
     path = Path(settings.run)
-    pipeline = load(path, device=settings.device)
+    pipeline = load(path, device=settings.devices[worker % len(settings.devices)])
     network = pipeline.backbone
     assert isinstance(network, nn.Module)
     network.eval().requires_grad_(False)
@@ -106,12 +109,12 @@ def load_engine(settings: ModelSettings, emit: Callable[[PictureEvent], None]) -
         one_forward_each=exact and not _shares_exactly(pipeline, settings.max_rows),
     )
     faults = Faults() if settings.allow_faults else None
-    engine = Engine(pipeline, tokens_of(pipeline), emit, engine_settings, faults=faults)
+    engine = Engine(pipeline, card, emit, engine_settings, faults=faults)
     if settings.compile:
         engine.network = CompiledDenoiser(engine.network, compiled_estimate())
-        for rows in engine_settings.bucket_rows:
-            engine.warm_up(rows)
-    return engine, card
+    for rows in engine_settings.bucket_rows or (settings.max_rows,):
+        engine.warm_up(rows)
+    return engine
 
 
 def _shares_exactly(pipeline: Pipeline, max_rows: int) -> bool:

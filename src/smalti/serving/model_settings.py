@@ -4,7 +4,7 @@ import msgspec
 
 
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How a worker loads and runs a model. device: "cpu", "cuda:0". threads: of its own, on a CPU.
+    """How a worker loads and runs a model. devices: that the workers take in turn. threads: of its own, on a CPU.
 
     exact: pictures do not depend, to the bit, on what shares their forwards; compile: torch.compile with padded
     forwards, faster after a slow start, equal to rounding only. max_rows: of a forward. allow_faults: for chaos.
@@ -12,7 +12,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     run: str
-    device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
     threads: int = 1
     exact: bool = True
     compile: bool = False

@@ -31,7 +31,7 @@ class Circumstances:
 
 
 def find_card(service: PictureService, model: str | None) -> ModelCard:
-    """The card that a request's model names, or that of the only one served.
+    """The newest card of a request's model, or of the only one served.
 
     Raises ApiError: 404 for an unknown model, 400 where several are served and none is named; NotReady without any.
     """
@@ -42,8 +42,8 @@ def find_card(service: PictureService, model: str | None) -> ModelCard:
     if model is None:
         if len(names) > 1:
             raise invalid(f"model is missing: one of {', '.join(names)}", "model", "missing_required_parameter")
-        return cards[0]
-    for card in cards:
+        return cards[-1]
+    for card in reversed(cards):
         if model in (card.name, card.key):
             return card
     raise ApiError(404, str(unknown_name("model", model, names)), code="model_not_found", param="model")
@@ -124,7 +124,8 @@ def _steps(request: PictureRequest, card: ModelCard) -> int | None:
         return request.num_inference_steps
     match told_quality(request.quality):
         case "low":
-            return max(card.num_inference_steps // 2, 1)
+            # Many solvers need two steps; a model of one step has no lower quality.
+            return max(card.num_inference_steps // 2, min(card.num_inference_steps, 2))
         case "high":
             return min(2 * card.num_inference_steps, MOST_STEPS)
     return None

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from smalti.serving.api_errors import near_names, sendable
@@ -14,6 +14,14 @@ MOST_STEPS = 1000
 LONGEST_PROMPT = 4000
 
 Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
+
+
+def _whole(value: Any) -> Any:
+    """JSON has no integers: 8.0 is 8, as JSON Schema says."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_whole)
 _Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT)]
 _Ignored = "Accepted as OpenAI's clients send it; has no effect."
 
@@ -54,9 +62,13 @@ class PictureRequest(StrictRequest):
         _Prompt | None, Field(description="What to move away from, for a model that reads prompts.")
     ] = None
     class_label: Annotated[
-        int | None, Field(ge=0, le=2**31 - 1, description="The class, for a model of classes; wins over the prompt.")
+        int | None,
+        Field(ge=0, le=2**31 - 1, description="The class, for a model of classes; wins over the prompt."),
+        _WHOLE,
     ] = None
-    n: Annotated[int | None, Field(ge=1, le=LARGEST_N, description="Pictures to draw; picture i takes seed + i.")] = 1
+    n: Annotated[
+        int | None, Field(ge=1, le=LARGEST_N, description="Pictures to draw; picture i takes seed + i."), _WHOLE
+    ] = 1
     size: Annotated[
         str | None,
         Field(
@@ -74,8 +86,11 @@ class PictureRequest(StrictRequest):
     seed: Annotated[
         int | None,
         Field(ge=0, le=LARGEST_SEED, description="The same seed draws the same picture; a random one where left out."),
+        _WHOLE,
     ] = None
-    num_inference_steps: Annotated[int | None, Field(ge=1, le=MOST_STEPS, description="Steps of the solver.")] = None
+    num_inference_steps: Annotated[
+        int | None, Field(ge=1, le=MOST_STEPS, description="Steps of the solver."), _WHOLE
+    ] = None
     guidance_scale: Annotated[
         float | None,
         Field(ge=0, le=100, allow_inf_nan=False, description="1 is off; higher follows prompt or label more."),
@@ -84,7 +99,9 @@ class PictureRequest(StrictRequest):
         str | None, Field(max_length=50, description="One of the model's solvers, which GET /v1/models lists.")
     ] = None
     output_format: OutputFormat | None = "png"
-    output_compression: Annotated[int | None, Field(ge=0, le=100, description="Quality of JPEG and WebP.")] = None
+    output_compression: Annotated[int | None, Field(ge=0, le=100, description="Quality of JPEG and WebP."), _WHOLE] = (
+        None
+    )
     response_format: Annotated[
         Literal["b64_json", "url"] | None,
         Field(description="The picture in the answer, or a URL that serves it for a while; streams have b64_json."),
@@ -92,7 +109,9 @@ class PictureRequest(StrictRequest):
     stream: Annotated[
         bool | None, Field(description="Answer with server-sent events: previews and pictures as they come.")
     ] = False
-    partial_images: Annotated[int | None, Field(ge=0, le=3, description="Previews a picture, in a stream.")] = None
+    partial_images: Annotated[int | None, Field(ge=0, le=3, description="Previews a picture, in a stream."), _WHOLE] = (
+        None
+    )
     background: Annotated[
         Literal["auto", "opaque", "transparent"] | None, Field(description="Accepted; pictures are opaque.")
     ] = None

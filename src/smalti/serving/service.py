@@ -85,7 +85,7 @@ class WorkerState:
 class ServiceState:
     """The service at one moment. cost_left, cost_limit: rows x tokens x calls accepted and not done, and the bound.
 
-    cost_per_second: as measured lately, 0 before anything was drawn.
+    cost_per_second: as measured lately, 0 before anything was drawn. finished: pictures drawn since the server started.
     """
 
     workers: tuple[WorkerState, ...]
@@ -96,13 +96,14 @@ class ServiceState:
     rows: int
     padded_rows: int
     draining: bool
+    finished: int = 0
 
 
 class PictureService(Protocol):
     """Draws pictures with one or several models."""
 
     def cards(self) -> Sequence[ModelCard]:
-        """The versions that take requests."""
+        """The versions that take requests, the newest of a name last."""
         ...
 
     def submit(self, model: str, orders: Sequence[PictureOrder]) -> list[Ticket]:

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -19,10 +18,8 @@ from smalti.errors import UserError, unknown_name
 from smalti.serving.messages import Failed, Finished, ModelCard, PictureOrder
 from smalti.serving.model_settings import ModelSettings
 from smalti.serving.pool import AcceptedPicture, Pool, PoolSettings
-from smalti.serving.service import NotReady, QueueFull, ServiceState, ShuttingDown
+from smalti.serving.service import NotReady, QueueFull, ServiceState, ShuttingDown, Ticket
 from smalti.serving.ticket import PictureTicket
-
-_RATE_WINDOW = 30.0  # seconds over which throughput is measured
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,8 @@ class Supervisor:
         self.settings = settings
         self._pools: list[Pool] = []
         self._numbers = count(1)
-        self._cost = 0.0
-        self._done: deque[tuple[float, float]] = deque()  # (when, cost) of what was finished lately
+        self._finished = 0  # pictures
+        self._promised_until = 0.0  # the moment that the last one refused was told
         self._draining = False
 
     # --- models
@@ -90,7 +87,7 @@ class Supervisor:
 
     # --- pictures
 
-    def submit(self, model: str, orders: Sequence[PictureOrder]) -> list[PictureTicket]:
+    def submit(self, model: str, orders: Sequence[PictureOrder]) -> list[Ticket]:
         """Accept all orders or none. Raises UserError, QueueFull, NotReady or ShuttingDown."""
         if self._draining:
             raise ShuttingDown("the server is shutting down", self.settings.drain_seconds)
@@ -100,47 +97,54 @@ class Supervisor:
         if pool.given_up:
             raise NotReady(f"{card.key}: no worker stays alive", self.settings.pool.max_backoff)
         costs = [expected_cost(card, order) for order in orders]
-        room = self.settings.cost_limit - self._cost
+        room = self.settings.cost_limit - self._cost_left()
         if sum(costs) > room:
             if sum(costs) > self.settings.cost_limit:
                 raise UserError(
                     f"the request costs {sum(costs):.0f} (rows x tokens x calls), the whole queue holds "
                     f"{self.settings.cost_limit:.0f}: ask for fewer pictures or steps"
                 )
-            raise QueueFull("the queue is full", self._seconds_until(sum(costs) - room))
-        tickets = []
+            raise QueueFull("the queue is full", self._seconds_until_room(sum(costs), sum(costs) - room))
+        tickets: list[Ticket] = []
         for order, cost in zip(orders, costs, strict=True):
             number = next(self._numbers)
             ticket = PictureTicket(number, card, pool.cancel, pool.place_of)
-            self._cost += cost
             pool.accept(AcceptedPicture(number, order, ticket, cost, time.monotonic()))
             tickets.append(ticket)
         return tickets
 
     def _on_end(self, picture: AcceptedPicture, event: Finished | Failed) -> None:
-        self._cost = sum(one.cost for pool in self._pools for one in pool.pictures.values())
-        if isinstance(event, Finished):
-            self._done.append((time.monotonic(), event.cost))
+        self._finished += isinstance(event, Finished)
+
+    def _cost_left(self) -> float:
+        return sum(pool.cost_left() for pool in self._pools)
 
     def cost_per_second(self) -> float:
-        """What was finished a second, over the last half minute; 0 where nothing was."""
-        now = time.monotonic()
-        while self._done and now - self._done[0][0] > _RATE_WINDOW:
-            self._done.popleft()
-        if not self._done:
-            return 0.0
-        return sum(cost for _, cost in self._done) / max(1.0, now - self._done[0][0])
+        """What is done a second, over the last half minute; 0 where nothing was."""
+        return sum(pool.work.a_second() for pool in self._pools)
 
-    def _seconds_until(self, cost: float) -> float:
-        """How long until so much of what is there is done; a guess of a second where nothing was measured."""
-        rate = self.cost_per_second()
-        return max(1.0, cost / rate) if rate else 1.0
+    def _seconds_until_room(self, cost: float, missing: float) -> float:
+        """When a request of this cost, for which so much room is missing, should come again.
+
+        Those that were told to come again have the first room: each is told a later moment than the one before.
+        """
+        rate, now = self.cost_per_second(), time.monotonic()
+        if not rate:
+            return 1.0  # nothing was measured
+        self._promised_until = max(now + missing / rate, self._promised_until + cost / rate)
+        # Not all come again, and none has to wait until the whole queue is empty.
+        self._promised_until = min(self._promised_until, now + self.settings.cost_limit / rate)
+        return max(1.0, self._promised_until - now)
 
     # --- life
 
+    def refuse_new(self) -> None:
+        """Take nothing new from now on."""
+        self._draining = True
+
     async def drain(self) -> None:
         """Take nothing new, finish what is there for at most drain_seconds, and end the workers."""
-        self._draining = True
+        self.refuse_new()
         waits = asyncio.gather(*(pool.until_empty() for pool in self._pools))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(waits, self.settings.drain_seconds)
@@ -157,13 +161,14 @@ class Supervisor:
         workers = [state for pool in pools for state in pool.worker_states()]
         return ServiceState(
             tuple(replace(state, number=i) for i, state in enumerate(workers)),
-            self._cost,
+            self._cost_left(),
             self.settings.cost_limit,
             self.cost_per_second(),
             sum(pool.ticks for pool in pools),
             sum(pool.rows for pool in pools),
             sum(pool.padded_rows for pool in pools),
             self._draining,
+            self._finished,
         )
 
 

@@ -27,6 +27,7 @@ class WorkerArguments(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker is started with, as JSON in its one argument: two open file descriptors among it."""
 
     parent: int
+    number: int
     connection: int
     memory: int
     model: ModelSettings
@@ -40,15 +41,18 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def serve(channel: BlockingChannel[ToWorker], memory: int, settings: ModelSettings) -> None:
-    """Load the model, then draw until told to stop. Raises ConnectionError when the parent is gone."""
+def serve(channel: BlockingChannel[ToWorker], memory: int, settings: ModelSettings, number: int) -> None:
+    """Load the model as the worker of that number, then draw until told to stop.
+
+    Raises ConnectionError when the parent is gone.
+    """
     try:
-        engine, card = load_engine(settings, channel.queue)
+        engine = load_engine(settings, channel.queue, number)
     except UserError as error:
         channel.queue(CannotServe(str(error)))
         channel.flush()
         return
-    channel.queue(Ready(card))
+    channel.queue(Ready(engine.card))
     channel.flush()
     stopping = False
     while not (stopping and engine.idle):
@@ -74,7 +78,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent drains
     connection = socket.socket(fileno=arguments.connection)
     with suppress(ConnectionError):
-        serve(BlockingChannel(connection, ToWorker), arguments.memory, arguments.model)
+        serve(BlockingChannel(connection, ToWorker), arguments.memory, arguments.model, arguments.number)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ async def start_worker(number: int, module: str, model_settings: bytes, slot_cou
     try:
         body = {
             "parent": os.getpid(),
+            "number": number,
             "connection": theirs.fileno(),
             "memory": memory,
             "model": msgspec.json.decode(model_settings),
