@@ -69,11 +69,15 @@ class VersionedDouble(DoubleService):
     def __init__(self, *cards: ModelCard, load_seconds: float = 0.01, **rest) -> None:
         super().__init__(*cards, **rest)
         self.load_seconds = load_seconds
+        self.loading = self.most_loading = 0
         self.retired: list[str] = []
         self.failing: dict[str, float] = {}  # share of a card's pictures that fail
 
     async def add_version(self, name: str, run: Path) -> ModelCard:
+        self.loading += 1
+        self.most_loading = max(self.most_loading, self.loading)
         await asyncio.sleep(self.load_seconds)
+        self.loading -= 1
         if run.name == "broken":
             raise UserError(f"run {run.name}: weights do not match their checksum")
         made = card(name, run.name)

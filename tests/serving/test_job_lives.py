@@ -212,5 +212,5 @@ class JobLives(RuleBasedStateMachine):
 
 TestJobLives = JobLives.TestCase
 TestJobLives.settings = settings(
-    max_examples=10, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=6, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )
