@@ -8,13 +8,15 @@ user_config, which Ray Serve changes without a restart. Ray is imported inside t
 import asyncio
 import hashlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
-from smalti.errors import UserError
+from smalti.errors import UserError, unknown_name
+from smalti.serving.access import read_keys
 from smalti.serving.arms import Arms
 from smalti.serving.messages import ModelCard
 from smalti.serving.model_settings import ModelSettings
@@ -30,9 +32,12 @@ if TYPE_CHECKING:
 
     from smalti.serving.server import ServedRun
 
+Settings = TypeVar("Settings")
+
 API = "smalti"  # the API's application
 _ENGINE = "smalti-engine-"  # what the names of engines' applications begin with
 _BEAT_SECONDS = 5.0
+_WAITS = 300  # seconds for an application that is still to come
 _log = logging.getLogger("smalti.serving")
 
 
@@ -92,15 +97,13 @@ class Api:
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Serve the engines of these applications: {"engines": {application: weight}}, of each model its control first.
 
-        Weights are of a model's arms. Raises what Ray raises where an application is not there.
+        Weights are of a model's arms. Waits for applications that are not there yet; Ray starts them in any order.
         """
-        from ray import serve
-
         engines: dict[str, float] = config.get("engines", {})
         handles = {}
         for application in engines:
             if application not in self._handles:
-                handle = serve.get_app_handle(application)
+                handle = await _handle_of(application)
                 card = msgspec.msgpack.decode(await handle.card.remote(), type=ModelCard)
                 self._handles[application] = card, handle
             handles[application] = self._handles[application]
@@ -125,6 +128,19 @@ class Api:
                 self.service.hear_of_replica(card, beat)
             except Exception as error:  # it is lost or starts: the next one tells
                 _log.info("%s: no beat: %s", card.key, error)
+
+
+async def _handle_of(application: str) -> Any:
+    """The handle of an application's engines. Raises what Ray raises where it is not there after some minutes."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    for _ in range(_WAITS):
+        try:
+            return serve.get_app_handle(application)
+        except RayServeException:
+            await asyncio.sleep(1.0)
+    return serve.get_app_handle(application)
 
 
 def _opener(handle: Any) -> OpenStream:
@@ -191,6 +207,35 @@ def api_application(
     )
     encode = msgspec.msgpack.encode
     return deployment.bind(encode(server or ServerSettings()), encode(settings.service))
+
+
+def build_engine(args: dict[str, Any]) -> "Application":
+    """engine_application for a Serve config file: {"model": fields of ModelSettings, "ray": fields of RaySettings}."""
+    model = _settings(args.get("model", {}), ModelSettings, "model")
+    return engine_application(model, _settings(args.get("ray", {}), RaySettings, "ray"))
+
+
+def build_api(args: dict[str, Any]) -> "Application":
+    """api_application for a Serve config file: {"engines": {application: weight}, "server": fields of ServerSettings,
+    "ray": fields of RaySettings}. API keys come from $SMALTI_API_KEYS, where this runs.
+    """
+    server = _settings(args.get("server", {}), ServerSettings, "server")
+    server = replace(server, keys=read_keys(None, os.environ))
+    return api_application(args.get("engines", {}), server, _settings(args.get("ray", {}), RaySettings, "ray"))
+
+
+def _settings(given: dict[str, Any], kind: type[Settings], where: str) -> Settings:
+    """Raises UserError naming a field that is unknown or has a value of another type."""
+    known = msgspec.inspect.type_info(kind)
+    assert isinstance(known, msgspec.inspect.StructType | msgspec.inspect.DataclassType)
+    names = [field.name for field in known.fields]
+    for name in given:
+        if name not in names:
+            raise unknown_name(f"field of {where}", name, names)
+    try:
+        return msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def engine_name(model: ModelSettings) -> str:
