@@ -108,7 +108,8 @@ class _Place:
 class Pool:
     """All of one model version. Lives on one event loop.
 
-    module, settings: what a worker process runs. ended: told of each picture that reached its end.
+    module, settings: what a worker process runs. ended: told of each picture that reached its end. work:
+    told of what is done.
     """
 
     def __init__(
@@ -119,13 +120,14 @@ class Pool:
         model_settings: bytes,
         settings: PoolSettings,
         ended: Callable[[AcceptedPicture, Finished | Failed], None],
+        work: WorkRate,
     ) -> None:
         self.name, self.run, self.settings = name, run, settings
         self.card: ModelCard | None = None
         self.retired = False
         self.pictures: dict[int, AcceptedPicture] = {}
         self.ticks = self.rows = self.padded_rows = 0
-        self.work = WorkRate()
+        self._work = work
         self._module, self._model_settings = module, model_settings
         self._ended = ended
         self._waiting: deque[AcceptedPicture] = deque()
@@ -359,7 +361,7 @@ class Pool:
                 self.rows += rows
                 self.padded_rows += message.padded_rows
                 if rows and self.card is not None:
-                    self.work.add(rows * self.card.tokens)
+                    self._work.add(rows * self.card.tokens)
 
     def _hear_of(self, place: _Place, picture: AcceptedPicture, event: Admitted | Preview | Finished | Failed) -> None:
         if isinstance(event, Admitted):

@@ -4,13 +4,11 @@ It hears of a picture's cost when that is finished; the supervisor, which hears 
 """
 
 import time
-from collections import deque
 from collections.abc import Sequence
 
 from smalti.errors import UserError
 from smalti.serving.service import QueueFull
-
-_RATE_WINDOW = 30.0  # seconds over which throughput is measured
+from smalti.serving.work_rate import WorkRate
 
 
 class QueueBound:
@@ -18,33 +16,30 @@ class QueueBound:
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
-        self.finished = 0  # pictures
-        self._done: deque[tuple[float, float]] = deque()  # (when, cost) of what was finished lately
+        self.rate = WorkRate()
+        self._promised_until = 0.0  # the moment that the last one refused was told
 
     def check(self, there: float, asked: Sequence[float]) -> None:
         """Raises QueueFull where the costs asked do not fit beside what is there, UserError where they never would."""
-        room = self.limit - there
-        if sum(asked) <= room:
+        cost, room = sum(asked), self.limit - there
+        if cost <= room:
             return
-        if sum(asked) > self.limit:
+        if cost > self.limit:
             raise UserError(
-                f"the request costs {sum(asked):.0f} (rows x tokens x calls), the whole queue holds "
-                f"{self.limit:.0f}: ask for fewer pictures or steps"
+                f"the request costs {cost:.0f} (rows x tokens x calls), the whole queue holds {self.limit:.0f}: "
+                "ask for fewer pictures or steps"
             )
-        rate = self.cost_per_second()
-        # A guess where nothing was measured.
-        raise QueueFull("the queue is full", max(1.0, (sum(asked) - room) / rate) if rate else 1.0)
+        raise QueueFull("the queue is full", self._seconds_until_room(cost, cost - room))
 
-    def add_finished(self, cost: float) -> None:
-        """A picture was finished."""
-        self._done.append((time.monotonic(), cost))
-        self.finished += 1
+    def _seconds_until_room(self, cost: float, missing: float) -> float:
+        """When a request of this cost, for which so much room is missing, should come again.
 
-    def cost_per_second(self) -> float:
-        """What was finished a second, over the last half minute; 0 where nothing was."""
-        now = time.monotonic()
-        while self._done and now - self._done[0][0] > _RATE_WINDOW:
-            self._done.popleft()
-        if not self._done:
-            return 0.0
-        return sum(cost for _, cost in self._done) / max(1.0, now - self._done[0][0])
+        Those that were told to come again have the first room: each is told a later moment than the one before.
+        """
+        rate, now = self.rate.a_second(), time.monotonic()
+        if not rate:
+            return 1.0  # nothing was measured
+        self._promised_until = max(now + missing / rate, self._promised_until + cost / rate)
+        # Not all come again, and none has to wait longer than a full queue takes.
+        self._promised_until = min(self._promised_until, now + self.limit / rate)
+        return max(1.0, self._promised_until - now)

@@ -96,6 +96,7 @@ class RayPictureService:
         self._totals: dict[str, Beat] = {}  # by replica, also of those that are gone
         self._numbers = count(1)
         self._bound = QueueBound(self.settings.cost_limit)
+        self._finished = 0  # pictures
         self._draining = False
 
     # --- models
@@ -170,7 +171,8 @@ class RayPictureService:
         del self._pictures[picture.number]
         picture.ticket.add(event)
         if isinstance(event, Finished):
-            self._bound.add_finished(event.cost)
+            self._bound.rate.add(event.cost)
+            self._finished += 1
 
     async def _draw(self, picture: _Accepted) -> None:
         """Have the picture drawn, by as many replicas as it takes."""
@@ -276,10 +278,10 @@ class RayPictureService:
             tuple(workers),
             self._cost,
             self.settings.cost_limit,
-            self._bound.cost_per_second(),
+            self._bound.rate.a_second(),
             sum(beat.ticks for beat in totals),
             sum(beat.rows for beat in totals),
             sum(beat.padded_rows for beat in totals),
             self._draining,
-            self._bound.finished,
+            self._finished,
         )

@@ -5,7 +5,6 @@ Workers are disposable processes; a picture that was accepted reaches exactly on
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,8 @@ from smalti.errors import UserError, unknown_name
 from smalti.serving.messages import Failed, Finished, ModelCard, PictureOrder
 from smalti.serving.model_settings import ModelSettings
 from smalti.serving.pool import AcceptedPicture, Pool, PoolSettings
-from smalti.serving.service import NotReady, QueueFull, ServiceState, ShuttingDown, Ticket
+from smalti.serving.queue_bound import QueueBound, expected_cost
+from smalti.serving.service import NotReady, ServiceState, ShuttingDown, Ticket
 from smalti.serving.ticket import PictureTicket
 
 
@@ -44,7 +44,7 @@ class Supervisor:
         self._pools: list[Pool] = []
         self._numbers = count(1)
         self._finished = 0  # pictures
-        self._promised_until = 0.0  # the moment that the last one refused was told
+        self._bound = QueueBound(settings.cost_limit)
         self._draining = False
 
     # --- models
@@ -53,7 +53,13 @@ class Supervisor:
         """Load a run as name; returns when its first worker is warm. Raises UserError where it cannot be served."""
         model = msgspec.structs.replace(self.settings.model, name=name, run=str(run))
         pool = Pool(
-            name, run, self.settings.worker_module, msgspec.json.encode(model), self.settings.pool, self._on_end
+            name,
+            run,
+            self.settings.worker_module,
+            msgspec.json.encode(model),
+            self.settings.pool,
+            self._on_end,
+            self._bound.rate,
         )
         pool.start()
         try:
@@ -97,14 +103,7 @@ class Supervisor:
         if pool.given_up:
             raise NotReady(f"{card.key}: no worker stays alive", self.settings.pool.max_backoff)
         costs = [expected_cost(card, order) for order in orders]
-        room = self.settings.cost_limit - self._cost_left()
-        if sum(costs) > room:
-            if sum(costs) > self.settings.cost_limit:
-                raise UserError(
-                    f"the request costs {sum(costs):.0f} (rows x tokens x calls), the whole queue holds "
-                    f"{self.settings.cost_limit:.0f}: ask for fewer pictures or steps"
-                )
-            raise QueueFull("the queue is full", self._seconds_until_room(sum(costs), sum(costs) - room))
+        self._bound.check(self._cost_left(), costs)
         tickets: list[Ticket] = []
         for order, cost in zip(orders, costs, strict=True):
             number = next(self._numbers)
@@ -118,23 +117,6 @@ class Supervisor:
 
     def _cost_left(self) -> float:
         return sum(pool.cost_left() for pool in self._pools)
-
-    def cost_per_second(self) -> float:
-        """What is done a second, over the last half minute; 0 where nothing was."""
-        return sum(pool.work.a_second() for pool in self._pools)
-
-    def _seconds_until_room(self, cost: float, missing: float) -> float:
-        """When a request of this cost, for which so much room is missing, should come again.
-
-        Those that were told to come again have the first room: each is told a later moment than the one before.
-        """
-        rate, now = self.cost_per_second(), time.monotonic()
-        if not rate:
-            return 1.0  # nothing was measured
-        self._promised_until = max(now + missing / rate, self._promised_until + cost / rate)
-        # Not all come again, and none has to wait until the whole queue is empty.
-        self._promised_until = min(self._promised_until, now + self.settings.cost_limit / rate)
-        return max(1.0, self._promised_until - now)
 
     # --- life
 
@@ -163,18 +145,10 @@ class Supervisor:
             tuple(replace(state, number=i) for i, state in enumerate(workers)),
             self._cost_left(),
             self.settings.cost_limit,
-            self.cost_per_second(),
+            self._bound.rate.a_second(),
             sum(pool.ticks for pool in pools),
             sum(pool.rows for pool in pools),
             sum(pool.padded_rows for pool in pools),
             self._draining,
             self._finished,
         )
-
-
-def expected_cost(card: ModelCard, order: PictureOrder) -> float:
-    """Rows x tokens x steps of an order, before a worker has counted its network calls."""
-    scale = card.guidance_scale if order.guidance_scale is None else order.guidance_scale
-    rows = 1 if scale == 1.0 or not math.isfinite(scale) else 2
-    steps = card.num_inference_steps if order.num_inference_steps is None else order.num_inference_steps
-    return float(rows * card.tokens * max(1, steps))
