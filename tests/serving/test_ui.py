@@ -92,7 +92,7 @@ def test_who_stops_to_watch_cancels():
                 break
         await news.aclose()
         await asyncio.sleep(0.05)
-        return service.live
+        return dict(service.live)  # its tasks are cancelled, and leave it, when the loop ends
 
     assert asyncio.run(run()) == {}
 
