@@ -10,13 +10,12 @@ from serving.loop_thread import LoopThread
 from smalti.errors import UserError
 from smalti.serving.messages import Admitted, Draw, PictureOrder, Preview
 from smalti.serving.model_settings import ModelSettings
-from smalti.serving.queue_bound import QueueBound
+from smalti.serving.queue_bound import QueueBound, expected_cost
 from smalti.serving.ray_app import RaySettings, engine_name
 from smalti.serving.ray_engine import QUEUED_COST, EngineReplica
 from smalti.serving.ray_messages import Beat, Checkpoint, FromReplica
 from smalti.serving.ray_service import RayPictureService, RayServiceSettings
 from smalti.serving.service import TERMINAL, NotReady, QueueFull
-from smalti.serving.supervisor import expected_cost
 
 ORDERS = [PictureOrder(seed=i, class_label=i, num_inference_steps=120, partial_images=2) for i in range(4)]
 

@@ -1,14 +1,21 @@
-"""How much a replica of the API on Ray accepts: a bound on the cost of what is there, and waits where it is reached.
+"""How much a service accepts: a bound on the cost of what is there, and honest waits where it is reached."""
 
-It hears of a picture's cost when that is finished; the supervisor, which hears of each tick, knows more.
-"""
-
+import math
 import time
 from collections.abc import Sequence
 
 from smalti.errors import UserError
+from smalti.serving.messages import ModelCard, PictureOrder
 from smalti.serving.service import QueueFull
 from smalti.serving.work_rate import WorkRate
+
+
+def expected_cost(card: ModelCard, order: PictureOrder) -> float:
+    """Rows x tokens x steps of an order, before a worker has counted its network calls."""
+    scale = card.guidance_scale if order.guidance_scale is None else order.guidance_scale
+    rows = 1 if scale == 1.0 or not math.isfinite(scale) else 2
+    steps = card.num_inference_steps if order.num_inference_steps is None else order.num_inference_steps
+    return float(rows * card.tokens * max(1, steps))
 
 
 class QueueBound:

@@ -28,10 +28,9 @@ from smalti.serving.messages import (
     PictureOrder,
     Preview,
 )
-from smalti.serving.queue_bound import QueueBound
+from smalti.serving.queue_bound import QueueBound, expected_cost
 from smalti.serving.ray_messages import Beat, Checkpoint, FromReplica
 from smalti.serving.service import TERMINAL, NotReady, ServiceState, ShuttingDown, Ticket, WorkerState
-from smalti.serving.supervisor import expected_cost
 from smalti.serving.ticket import PictureTicket
 
 _log = logging.getLogger("smalti.serving")
