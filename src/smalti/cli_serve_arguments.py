@@ -67,6 +67,8 @@ class Serve:
     """Where jobs are kept: a SQLite file, or postgresql://user@host/database."""
     models: Path | None = None
     """A folder of runs that an administrator may load or swap in while the server runs."""
+    ray: bool = False
+    """Serve on Ray: the cluster of $RAY_ADDRESS, or this machine; --workers replicas a run, without jobs and page."""
     ui: bool = True
     """The page at /ui (needs the extra `ui`)."""
     drain_seconds: float = 30.0
