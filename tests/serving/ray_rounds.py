@@ -118,7 +118,7 @@ def killed_node(run):
 
 def arms(first, second, requests=1000):
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=MEMORY)
-    runs = [ServedRun("digits", first, 8), ServedRun("digits", second, 2)]
+    runs = [ServedRun("digits", first, 19), ServedRun("digits", second, 1)]
     deploy_on_ray(runs, RaySettings(), ServerSettings(port=PORT))
 
     def drawn_by(i):

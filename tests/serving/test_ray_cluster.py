@@ -60,5 +60,5 @@ def test_arms_get_their_shares(trained_run, tmp_path):
 
     train(apply_overrides(trained_config(), ["seed=9"]), tmp_path / "other", display=PlainDisplay(1e9))
     told = ray_round("arms", trained_run, tmp_path / "other")
-    assert told["shares"] == pytest.approx([0.2, 0.8], abs=0.02)
+    assert told["shares"] == pytest.approx([0.05, 0.95], abs=0.02)
     assert (told["left"], told["still"]) == (1, True)
