@@ -343,10 +343,11 @@ def test_what_waits_for_room_is_written_in_order(tmp_path):
 
     async def work():
         async with running_jobs(tmp_path / "jobs.db", settings=replace(QUICK, flush_seconds=3600.0)) as jobs:
-            made, _ = await jobs.create(new_job(n=3))
+            orders = [PictureOrder(seed=i, class_label=1, num_inference_steps=1 + 200 * i) for i in range(3)]
+            made, _ = await jobs.create(replace(new_job(n=3), orders=orders))
             disk = FullStore(jobs.store)
             await until(lambda: jobs._live[made.id].job.pictures)
-            disk.full = False
+            disk.full = False  # after the first, long before the second
             await ended(jobs, made.id)
             await jobs._flush()
             assert not jobs._live
