@@ -68,7 +68,7 @@ def serve_command(command: Serve) -> int:
         SupervisorSettings(model, pool, command.queue_cost, command.drain_seconds),
         http,
         store=command.store,
-        webhooks=WebhookSettings(hosts=command.webhook_hosts),
+        webhooks=WebhookSettings(hosts=command.webhook_hosts, allow_private=command.webhook_private),
         models=command.models,
         ui=command.ui,
     )
