@@ -383,7 +383,7 @@ def test_a_slow_listener_gets_the_latest_preview_and_holds_up_nobody(tmp_path):
             events = jobs.events("alice", made.id)
             assert (await anext(events)).kind == "queued"
             other = await ended(jobs, made.id)
-            assert kinds(other[1]).count("preview") == 3
+            assert 1 <= kinds(other[1]).count("preview") <= 3  # on a busy machine one may give way to the next
             rest = [kind for kind in kinds([event async for event in events]) if kind != "progress"]
             # The previews were of a picture that is done.
             assert rest == ["running", "picture", "succeeded"]
