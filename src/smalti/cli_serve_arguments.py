@@ -46,7 +46,7 @@ class Serve:
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
     keys: Path | None = None
-    """File of API keys, a line each: TENANT KEY [WEIGHT]. Or in $SMALTI_API_KEYS."""
+    """File of API keys, a line each: KEY TENANT [WEIGHT]. Or in $SMALTI_API_KEYS."""
     open: bool = False
     """Let whoever reaches the server use it without a key."""
     rate_limit: str | None = None
@@ -67,6 +67,8 @@ class Serve:
     """Where jobs are kept: a SQLite file, or postgresql://user@host/database."""
     models: Path | None = None
     """A folder of runs that an administrator may load or swap in while the server runs."""
+    ray: bool = False
+    """Serve on Ray: the cluster of $RAY_ADDRESS, or this machine; --workers replicas a run, without jobs and page."""
     ui: bool = True
     """The page at /ui (needs the extra `ui`)."""
     drain_seconds: float = 30.0
@@ -79,6 +81,8 @@ class Serve:
     """Origins of other pages whose scripts may ask, such as https://example.org."""
     webhook_hosts: tuple[str, ...] = ()
     """Hosts that webhooks may reach by plain http."""
+    webhook_private: bool = False
+    """Let webhooks reach addresses of private networks."""
     traces: bool = False
     """Send OpenTelemetry spans (configure the exporter by its OTEL_ variables)."""
     faults: bool = False

@@ -343,10 +343,11 @@ def test_what_waits_for_room_is_written_in_order(tmp_path):
 
     async def work():
         async with running_jobs(tmp_path / "jobs.db", settings=replace(QUICK, flush_seconds=3600.0)) as jobs:
-            made, _ = await jobs.create(new_job(n=3))
+            orders = [PictureOrder(seed=i, class_label=1, num_inference_steps=1 + 200 * i) for i in range(3)]
+            made, _ = await jobs.create(replace(new_job(n=3), orders=orders))
             disk = FullStore(jobs.store)
             await until(lambda: jobs._live[made.id].job.pictures)
-            disk.full = False
+            disk.full = False  # after the first, long before the second
             await ended(jobs, made.id)
             await jobs._flush()
             assert not jobs._live
@@ -382,7 +383,7 @@ def test_a_slow_listener_gets_the_latest_preview_and_holds_up_nobody(tmp_path):
             events = jobs.events("alice", made.id)
             assert (await anext(events)).kind == "queued"
             other = await ended(jobs, made.id)
-            assert kinds(other[1]).count("preview") == 3
+            assert 1 <= kinds(other[1]).count("preview") <= 3  # on a busy machine one may give way to the next
             rest = [kind for kind in kinds([event async for event in events]) if kind != "progress"]
             # The previews were of a picture that is done.
             assert rest == ["running", "picture", "succeeded"]

@@ -82,6 +82,7 @@ def orders_of(request: PictureRequest, card: ModelCard, circumstances: Circumsta
             output_format=request.output_format or "png",
             output_compression=_DEFAULT_COMPRESSION if compression is None else compression,
             tenant=caller.tenant,
+            user=request.user or "",
             weight=caller.weight,
             deadline_seconds=circumstances.deadline_seconds,
             request_id=caller.request_id,

@@ -125,9 +125,10 @@ def assemble(settings: ServeSettings, supervisor: Supervisor, arms: Arms) -> Fas
         try:
             yield
         finally:
+            # First the workers, so that jobs hear of what they have just drawn; what was not goes to the next server.
+            await supervisor.drain()
             await jobs.close()
             await arms.close()
-            await supervisor.drain()
             await store.close()
 
     routers = [jobs_router(jobs, settings.http), state_router(service)]
