@@ -371,7 +371,7 @@ def _draw_tab(blocks: "gradio.Blocks", page: _Page, max_pictures: int) -> None:
                 fresh = [p for p in now if isinstance(p.end, Finished) and p.ticket.number not in results]
                 for picture in fresh:
                     results[picture.ticket.number] = (await page.file(picture), caption(picture))
-                shown = [*results.values(), *kept][:_KEPT]
+                shown = [*(results[number] for number in sorted(results)), *kept][:_KEPT]
                 line = status_line(now, time.monotonic() - began)
                 yield line, progress_strip(now), shown if fresh else gr.skip(), shown if fresh else gr.skip()
 
