@@ -79,26 +79,6 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def product_size(device: str) -> int:
-    """The side of the square matrices whose product shows what the device can do."""
-    return 1024 if device == "cpu" else 8192
-
-
-def matmul_gflops(threads: int, seconds: float = 0.5, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """The best rate of one square product on this machine, in GFLOP/s."""
-    torch.set_num_threads(threads)
-    size = product_size(device)
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind(0)
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        started = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e9
-
-
 def device_name(device: str) -> str:
     """What stands in a row for the device: the GPU's name, or cpu."""
     return torch.cuda.get_device_name() if device == "cuda" else device

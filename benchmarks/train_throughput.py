@@ -26,7 +26,7 @@ import tyro
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from reference_dit import ReferenceDiT
-from timing import append_row, device_name, interleaved, machine, matmul_gflops, product_size
+from timing import append_row, device_name, interleaved, machine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -41,6 +41,7 @@ from smalti.recipes import recipe
 from smalti.training.batch import training_batch
 from smalti.training.forward import compile_blocks, multiplies_bfloat16, product_precision
 from smalti.training.memory import keep_freed_memory
+from smalti.training.peak import matmul_peak, product_side
 from smalti.training.state import new_state
 from smalti.training.step import clip_gradients, compute_gradients, update_weights
 
@@ -205,7 +206,7 @@ def smalti_step(setting: Setting, compiled: Compiled) -> Step:
 
 def product_step(device: str, precision: Precision) -> Step:
     """Square products, _PRODUCTS of them: what the machine could do in that round."""
-    size, dtype = product_size(device), _DTYPES[precision]
+    size, dtype = product_side(torch.device(device)), _DTYPES[precision]
     a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind(0)
 
     def step() -> None:
@@ -244,14 +245,15 @@ def measure(setting: Setting, compile: bool, rounds: int, threads: int, one_at_a
     """Images a second, the ratio to the straightforward DiT and MFU of each candidate, of its fastest round too."""
     made = candidates(setting, compile)
     precisions = sorted({precision for precision, _ in made.values()})
-    best = {p: matmul_gflops(threads, device=setting.device, dtype=_DTYPES[p]) for p in precisions}
+    torch.set_num_threads(threads)
+    best = {p: matmul_peak(torch.device(setting.device), _DTYPES[p], 0.5) / 1e9 for p in precisions}
     factories = {f"products, {p}": partial(product_step, setting.device, p) for p in precisions}
     factories |= {name: factory for name, (_, factory) in made.items()}
     if one_at_a_time:
         measured = {name: interleaved({name: make}, rounds, threads)[name] for name, make in factories.items()}
     else:
         measured = interleaved(factories, rounds, threads)
-    round_gflop = _PRODUCTS * 2 * product_size(setting.device) ** 3 / 1e9
+    round_gflop = _PRODUCTS * 2 * product_side(torch.device(setting.device)) ** 3 / 1e9
     usual = {p: round_gflop / measured[f"products, {p}"]["median"] for p in precisions}
     best = {p: max(best[p], round_gflop / measured[f"products, {p}"]["fastest"]) for p in precisions}
     gflop = 3 * forward_flops(setting.config) * setting.batch_size / 1e9

@@ -39,7 +39,7 @@ FLOORS = [
         "cli_serve_arguments",
     ],
     ["cli_arguments"],
-    ["cli_weights", "cli_latents", "cli_doctor", "cli_ema", "cli_mup", "cli_serve", "cli_top"],
+    ["cli_weights", "cli_latents", "cli_doctor", "cli_ema", "cli_chaos", "cli_mup", "cli_serve", "cli_top"],
     ["cli_data"],
     ["cli"],
     ["__main__"],

@@ -30,6 +30,7 @@ from smalti.cli_arguments import (
     TrainAutoencoder,
     Tune,
 )
+from smalti.cli_chaos import chaos_command
 from smalti.cli_data import data_command
 from smalti.cli_data_arguments import Data
 from smalti.cli_doctor import doctor_command, replay_nan_command
@@ -41,7 +42,7 @@ from smalti.cli_mup_arguments import Mup
 from smalti.cli_options import as_arguments, check_device, chosen_budget, set_threads
 from smalti.cli_progress import progress_bar
 from smalti.cli_serve import replay_command, serve_command
-from smalti.cli_serve_arguments import Replay, Serve, Top
+from smalti.cli_serve_arguments import Chaos, Replay, Serve, Top
 from smalti.cli_top import top_command
 from smalti.cli_weights import adapt_command, convert_command, export_command
 from smalti.errors import UserError
@@ -418,6 +419,7 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     ReplayNan: replay_nan_command,
     Serve: serve_command,
     Replay: replay_command,
+    Chaos: chaos_command,
     Top: top_command,
     Mup: mup_command,
     Info: _info,

@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 from smalti.cli_data_arguments import Data
 from smalti.cli_ema_arguments import Ema
 from smalti.cli_mup_arguments import Mup
-from smalti.cli_serve_arguments import Replay, Serve, Top
+from smalti.cli_serve_arguments import Chaos, Replay, Serve, Top
 
 
 @dataclass(frozen=True)
@@ -461,6 +461,7 @@ COMMANDS: dict[str, type[Any]] = {
     "replay-nan": ReplayNan,
     "serve": Serve,
     "replay": Replay,
+    "chaos": Chaos,
     "top": Top,
     "mup": Mup,
     "info": Info,

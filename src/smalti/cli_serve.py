@@ -3,10 +3,19 @@
 import asyncio
 import logging
 import os
+import signal
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smalti.cli_serve_arguments import Replay, Serve
 from smalti.errors import UserError
+
+if TYPE_CHECKING:
+    from smalti.serving.model_settings import ModelSettings
+    from smalti.serving.server import ServedRun
+    from smalti.serving.server_settings import ServerSettings
 
 _ANY = "0.0.0.0"
 
@@ -59,7 +68,7 @@ def serve_command(command: Serve) -> int:
         SupervisorSettings(model, pool, command.queue_cost, command.drain_seconds),
         http,
         store=command.store,
-        webhooks=WebhookSettings(hosts=command.webhook_hosts),
+        webhooks=WebhookSettings(hosts=command.webhook_hosts, allow_private=command.webhook_private),
         models=command.models,
         ui=command.ui,
     )
@@ -67,6 +76,9 @@ def serve_command(command: Serve) -> int:
     for one in runs:
         if not one.run.exists():
             raise UserError(f"there is no run at {one.run}: train one with `smalti train mnist --out {one.run}`")
+
+    if command.ray:
+        return _serve_on_ray(command, runs, http, model)
 
     async def run() -> None:
         started = asyncio.get_running_loop().create_future()
@@ -84,6 +96,27 @@ def serve_command(command: Serve) -> int:
     print("loading ...", flush=True)
     asyncio.run(run())
     print("ended: everything that was accepted is done")
+    return 0
+
+
+def _serve_on_ray(command: Serve, runs: "Sequence[ServedRun]", http: "ServerSettings", model: "ModelSettings") -> int:
+    """Deploy on the cluster that $RAY_ADDRESS names and return, or serve on this machine until told to end."""
+    from smalti.serving.ray_app import RaySettings, deploy_on_ray
+
+    gpus = 1.0 if any(device.startswith("cuda") for device in command.devices) else 0.0
+    settings = RaySettings(replicas=command.workers, gpus=gpus, cpus=float(command.threads))
+    deploy_on_ray(runs, settings, http, model)
+    print(f"serving on Ray at http://{http.host}:{http.port}/v1/images/generations", flush=True)
+    if os.environ.get("RAY_ADDRESS"):
+        print("it goes on there: `serve status` shows it, `serve shutdown` ends it")
+        return 0
+    from ray import serve
+
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    ended.wait()
+    serve.shutdown()
     return 0
 
 

@@ -46,7 +46,7 @@ class Serve:
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
     keys: Path | None = None
-    """File of API keys, a line each: TENANT KEY [WEIGHT]. Or in $SMALTI_API_KEYS."""
+    """File of API keys, a line each: KEY TENANT [WEIGHT]. Or in $SMALTI_API_KEYS."""
     open: bool = False
     """Let whoever reaches the server use it without a key."""
     rate_limit: str | None = None
@@ -67,6 +67,8 @@ class Serve:
     """Where jobs are kept: a SQLite file, or postgresql://user@host/database."""
     models: Path | None = None
     """A folder of runs that an administrator may load or swap in while the server runs."""
+    ray: bool = False
+    """Serve on Ray: the cluster of $RAY_ADDRESS, or this machine; --workers replicas a run, without jobs and page."""
     ui: bool = True
     """The page at /ui (needs the extra `ui`)."""
     drain_seconds: float = 30.0
@@ -79,6 +81,8 @@ class Serve:
     """Origins of other pages whose scripts may ask, such as https://example.org."""
     webhook_hosts: tuple[str, ...] = ()
     """Hosts that webhooks may reach by plain http."""
+    webhook_private: bool = False
+    """Let webhooks reach addresses of private networks."""
     traces: bool = False
     """Send OpenTelemetry spans (configure the exporter by its OTEL_ variables)."""
     faults: bool = False
@@ -109,3 +113,29 @@ class Replay:
     """Where to write the picture drawn again."""
     threads: int = 1
     """As the server's workers had."""
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """Break a server of a run on purpose, and account for every request that it had accepted.
+
+    Examples: smalti chaos runs/mnist
+              smalti chaos runs/mnist --only killed-worker poison-request
+              smalti chaos runs/mnist --soak 600          ten minutes at 80 % load, a worker killed every 20 s
+
+    Starts real servers on loopback and kills real processes of theirs (Linux). Exits with 1 where something did not
+    hold.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run to serve."""
+    only: tuple[str, ...] = ()
+    """These scenarios alone; a wrong name lists them."""
+    soak: float | None = None
+    """Instead of the scenarios: seconds of load with kills."""
+    load: float = 0.8
+    """Of the soak: share of what the server can draw."""
+    kill_every: float = 20.0
+    """Of the soak: seconds between kills."""
+    out: Path | None = None
+    """Append the account as a line of JSON."""

@@ -27,7 +27,7 @@ def run_here(factories, rounds, threads):
 @pytest.mark.parametrize("one_at_a_time", [False, True])
 def test_rows_of_the_benchmark(monkeypatch, tmp_path, one_at_a_time):
     monkeypatch.setattr(train_throughput, "interleaved", run_here)
-    monkeypatch.setattr(train_throughput, "matmul_gflops", lambda threads, **kind: 1000.0)
+    monkeypatch.setattr(train_throughput, "matmul_peak", lambda device, dtype, seconds: 1e12)
     monkeypatch.setattr(train_throughput, "_PRODUCTS", 2)
     out = tmp_path / "results" / "rows.jsonl"
     train_throughput.main(

@@ -28,6 +28,7 @@ CASES = {  # the class's config and the video's (frames, height, width)
     "2B": ({}, (3, 8, 12)),
     "2B at another size": ({}, (2, 12, 6)),
     "2B, one wide frame": ({"temporal_interpolation_scale": 2.0, "norm_eps": 1e-4}, (1, 4, 16)),
+    "2B, positions of another scale": ({"spatial_interpolation_scale": 1.25}, (3, 8, 12)),
     "5B": (ROTARY, (3, 8, 12)),
     "5B, taller than trained": (ROTARY, (2, 16, 8)),
     "5B, wider than trained": ({**ROTARY, "out_channels": 6}, (2, 4, 18)),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import zlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -68,11 +69,15 @@ class VersionedDouble(DoubleService):
     def __init__(self, *cards: ModelCard, load_seconds: float = 0.01, **rest) -> None:
         super().__init__(*cards, **rest)
         self.load_seconds = load_seconds
+        self.loading = self.most_loading = 0
         self.retired: list[str] = []
         self.failing: dict[str, float] = {}  # share of a card's pictures that fail
 
     async def add_version(self, name: str, run: Path) -> ModelCard:
+        self.loading += 1
+        self.most_loading = max(self.most_loading, self.loading)
         await asyncio.sleep(self.load_seconds)
+        self.loading -= 1
         if run.name == "broken":
             raise UserError(f"run {run.name}: weights do not match their checksum")
         made = card(name, run.name)
@@ -93,7 +98,7 @@ class VersionedDouble(DoubleService):
 
     def _faulty(self, model: str, order: PictureOrder) -> PictureOrder:
         share = self.failing.get(model, 0.0)
-        fails = (order.seed * 2654435761 % 2**32) / 2**32 < share
+        fails = zlib.crc32(f"{model} {order.seed}".encode()) / 2**32 < share
         return (
             order
             if not fails

@@ -57,7 +57,7 @@ def postgres(binaries: Path) -> Iterator[str]:
             _wait(folder, server)
             yield f"postgresql://smalti@/{{database}}?host={folder}"
         finally:
-            server.terminate()
+            server.terminate()  # which waits for clients: a store that left a connection behind shows here
             server.wait(20)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -194,5 +194,14 @@ def test_a_body_of_100_megabytes_is_refused_in_flat_memory(service, chunked, kin
         assert httpx.get(f"{address}/livez").json() == {"status": "ok"}
 
 
+def test_a_body_is_refused_by_its_length_before_it_comes(service):
+    headers = {"content-type": "application/json", "content-length": str(100 * 2**20)}
+    with (
+        live_server(create_app(service)) as address,
+        asked(address, "POST", "/v1/images/generations", headers) as connection,
+    ):
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+
+
 def _chunk(part: bytes) -> bytes:
     return f"{len(part):x}\r\n".encode() + part + b"\r\n"

@@ -63,7 +63,7 @@ def test_a_picture_that_fails_fails_the_job_and_not_the_others(tmp_path):
     run(work())
 
 
-def test_a_cancelled_job_ends_once_and_frees_the_model(tmp_path):
+def test_a_cancelled_job_ends_once_and_frees_the_model(tmp_path, caplog):
     async def work():
         service = DoubleService(step_seconds=0.02)
         async with running_jobs(tmp_path / "jobs.db", service) as jobs:
@@ -79,6 +79,7 @@ def test_a_cancelled_job_ends_once_and_frees_the_model(tmp_path):
             assert [event.kind async for event in jobs.events("alice", made.id)][-1] == "cancelled"
 
     run(work())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_finished_job_is_not_cancelled(tmp_path):
@@ -304,7 +305,7 @@ def test_a_full_disk_accepts_nothing(tmp_path):
         async with running_jobs(tmp_path / "jobs.db", service) as jobs:
             disk = FullStore(jobs.store)
             with pytest.raises(StorageFull) as refused:
-                await jobs.create(new_job(n=2, steps=100, idempotency_key="k"))
+                await jobs.create(new_job(n=2, steps=10_000, idempotency_key="k"))
             assert refused.value.code == "storage_full"
             await until(lambda: not service.live)  # nothing is drawn for nobody
             assert (await jobs.page("alice"))[0] == []
@@ -337,6 +338,25 @@ def test_a_disk_that_fills_up_later_loses_nothing(tmp_path):
     run(work())
 
 
+def test_what_waits_for_room_is_written_in_order(tmp_path):
+    """A job's end must not overtake its pictures: the store takes none of a job that has ended."""
+
+    async def work():
+        async with running_jobs(tmp_path / "jobs.db", settings=replace(QUICK, flush_seconds=3600.0)) as jobs:
+            orders = [PictureOrder(seed=i, class_label=1, num_inference_steps=1 + 200 * i) for i in range(3)]
+            made, _ = await jobs.create(replace(new_job(n=3), orders=orders))
+            disk = FullStore(jobs.store)
+            await until(lambda: jobs._live[made.id].job.pictures)
+            disk.full = False  # after the first, long before the second
+            await ended(jobs, made.id)
+            await jobs._flush()
+            assert not jobs._live
+            assert len((await jobs.get("alice", made.id)).pictures) == 3
+            assert {(await jobs.image("alice", made.id, i))[0] for i in range(3)} == {"image/png"}
+
+    run(work())
+
+
 def test_expired_jobs_give_their_room_back(tmp_path):
     async def work():
         brief = replace(QUICK, keep_seconds=0.2)
@@ -363,9 +383,26 @@ def test_a_slow_listener_gets_the_latest_preview_and_holds_up_nobody(tmp_path):
             events = jobs.events("alice", made.id)
             assert (await anext(events)).kind == "queued"
             other = await ended(jobs, made.id)
-            assert kinds(other[1]).count("preview") == 3
-            rest = [event async for event in events]
-            assert "preview" not in kinds(rest)  # all stood for a picture that is done
-            assert kinds(rest)[-2:] == ["picture", "succeeded"]
+            assert 1 <= kinds(other[1]).count("preview") <= 3  # on a busy machine one may give way to the next
+            rest = [kind for kind in kinds([event async for event in events]) if kind != "progress"]
+            # The previews were of a picture that is done.
+            assert rest == ["running", "picture", "succeeded"]
+
+    run(work())
+
+
+def test_who_heard_a_dead_server_hears_the_end_from_the_next(tmp_path):
+    """Found by the state machine: a job ended before its next attempt began was told by a number of the last one."""
+
+    async def work():
+        settings = replace(QUICK, close_seconds=0.01)
+        async with running_jobs(tmp_path / "jobs.db", DoubleService(step_seconds=1.0), settings) as jobs:
+            made, _ = await jobs.create(new_job())
+            events = jobs.events("alice", made.id)
+            assert [(await anext(events)).kind for _ in range(2)] == ["queued", "running"]
+            last = (await anext(events)).number
+        async with running_jobs(tmp_path / "jobs.db", DoubleService(room=0), settings) as jobs:
+            await jobs.cancel("alice", made.id)
+            assert [e.kind async for e in jobs.events("alice", made.id, last)][-1] == "cancelled"
 
     run(work())

@@ -123,7 +123,9 @@ def test_edits(client, service):
 
 
 def test_urls_serve_the_picture_for_a_while(client):
-    url = client.images.generate(model="digits", prompt="7", response_format="url", extra_body={"seed": 4}).data[0].url
+    image = client.images.generate(model="digits", prompt="7", response_format="url", extra_body={"seed": 4}).data[0]
+    url = image.url
+    assert (image.seed, image.b64_json) == (4, None)
     answer = client._client.get(url, headers={"authorization": ""})
     assert answer.headers["content-type"] == "image/png"
     assert answer.content == picture(PictureOrder(seed=4, class_label=7), "0123456789ab")

@@ -20,8 +20,11 @@ MADE_BY = dict(model="digits", version="0123456789ab", smalti="0.1.0", torch="2.
 
 def file_of(kind: str, mode: str = "RGB", size: tuple[int, int] = (9, 7), **options) -> bytes:
     file = io.BytesIO()
-    gradient = Image.linear_gradient("L").resize(size).convert(mode)
-    gradient.save(file, kind, **options)
+    gradient = Image.linear_gradient("L").resize(size)
+    drawn = gradient.convert(mode)
+    if mode == "RGBA":
+        drawn.putalpha(gradient)
+    drawn.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -71,7 +74,9 @@ def test_every_kind_of_webp(options, tmp_path):
     receipt = receipt_of(PictureOrder(seed=3), **MADE_BY)
     for mode in ("RGB", "RGBA"):
         plain = file_of("webp", mode, **options)
-        assert read_back(stamp(plain, receipt), tmp_path) == receipt
+        stamped = stamp(plain, receipt)
+        assert read_back(stamped, tmp_path) == receipt
+        assert (stamped[12:16], bool(stamped[20] & 0x10)) == (b"VP8X", mode == "RGBA")
         with Image.open(io.BytesIO(plain)) as before, Image.open(tmp_path / "picture") as after:
             assert (after.mode, after.tobytes()) == (before.mode, before.tobytes())
 

@@ -87,12 +87,13 @@ def test_settings_that_make_no_sense(wrong):
         ServerSettings(**wrong)
 
 
-def test_rates_are_a_tenants_own():
+def test_rates_are_a_keys_own():
     import asyncio
 
     async def waits():
         limits = RateLimits("2/minute")
-        return [await limits.seconds_to_wait(tenant) for tenant in ("a", "a", "b", "a", "b", "b")]
+        a, b = parse_keys(KEYS, "keys")
+        return [await limits.seconds_to_wait(key) for key in (a, a, b, a, b, b)]
 
     first, second, third, over, fifth, also_over = asyncio.run(waits())
     assert (first, second, third, fifth) == (0, 0, 0, 0)

@@ -129,17 +129,18 @@ def is_loopback(host: str) -> bool:
 
 
 class RateLimits:
-    """Requests that a caller may send in a moving window, such as "60/minute"."""
+    """Requests that may be sent with a key in a moving window, such as "60/minute"."""
 
     def __init__(self, rate: str) -> None:
         self.rate = checked_rate(rate)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
-    async def seconds_to_wait(self, tenant: str) -> float:
-        """0 where the request may pass, which counts it; else when the next one may."""
-        if await self._limiter.hit(self.rate, tenant):
+    async def seconds_to_wait(self, key: ApiKey | None) -> float:
+        """0 where a request with this key may pass, which counts it; else when the next one may."""
+        name = "" if key is None else key.digest.hex()
+        if await self._limiter.hit(self.rate, name):
             return 0.0
-        window = await self._limiter.get_window_stats(self.rate, tenant)
+        window = await self._limiter.get_window_stats(self.rate, name)
         return max(window.reset_time - time.time(), 0.001)
 
 
@@ -194,7 +195,7 @@ class Gate:
             key = self._key(headers, browsers=not path.startswith("/v1/"))
             scope.setdefault("state", {})["api_key"] = key
         if self.limits is not None and changes and path.startswith("/v1/"):
-            wait = await self.limits.seconds_to_wait("" if key is None else key.tenant)
+            wait = await self.limits.seconds_to_wait(key)
             if wait:
                 message = f"more than {self.limits.rate} requests: ask again in {math.ceil(wait)} s"
                 raise ApiError(429, message, code="rate_limit_exceeded", retry_after=wait)

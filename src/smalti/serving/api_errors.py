@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,10 @@ from smalti.errors import UserError
 from smalti.serving.messages import Failed, FailureCode
 from smalti.serving.service import QueueFull, Unavailable
 
+_log = logging.getLogger(__name__)
 _LONGEST_MESSAGE = 1000
+# What exactly went wrong may tell of other requests and of the machine: it is for the log.
+_OUR_MISTAKE = "the server made a mistake; its log tells which"
 _CLIENT_GONE = 499  # nginx's number for a client that closed the connection
 
 # Failures of a picture: the status, and after how many seconds the same request may fare better (None: never).
@@ -104,7 +108,11 @@ def invalid(message: str, param: str | None, code: str = "invalid_value") -> Api
 def of_failure(failed: Failed) -> ApiError:
     """What a picture's failure answers a request with."""
     status, retry_after = _FAILURES[failed.code]
-    return ApiError(status, failed.message, code=failed.code, param=failed.param, retry_after=retry_after)
+    message = failed.message
+    if failed.code == "internal_error":
+        _log.error("picture %d: %s", failed.number, message)
+        message = _OUR_MISTAKE
+    return ApiError(status, message, code=failed.code, param=failed.param, retry_after=retry_after)
 
 
 def of_unavailable(error: Unavailable) -> ApiError:
@@ -167,8 +175,8 @@ def of_exception(error: Exception) -> ApiError:
             return of_user_error(error)
         case StarletteHTTPException():
             return of_status(error.status_code, error.headers, error.detail)
-    # No retry: what a programme got wrong once it gets wrong again. The message may hold the caller's data: log only.
-    return ApiError(500, "the server made a mistake; its log has it under this request's id", code="internal_error")
+    # No retry: what a program got wrong once it gets wrong again.
+    return ApiError(500, _OUR_MISTAKE, code="internal_error")
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -2,7 +2,8 @@
 
 The parent makes anonymous memory and hands its file descriptor to the worker: there is no name that anybody would have
 to remove, whoever dies. Each slot has two halves that are written in turn; a half that was torn by a kill fails its
-checksum and the other is read.
+checksum and the other is read. Beside them stands which pictures were in a forward when the process died: only those
+can have killed it.
 """
 
 import mmap
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 
 # Number of the picture, number of the write, bytes, CRC-32 of all that and of the bytes.
 _HEADER = struct.Struct("<QQQI")
+# Number of the picture whose forward runs, and the network call that it is at; 0 where none does.
+_MARK = struct.Struct("<QQ")
 
 
 def anonymous_memory(size: int) -> int:
@@ -29,7 +32,10 @@ def anonymous_memory(size: int) -> int:
 
 @dataclass
 class CheckpointSlots:
-    """`count` slots for checkpoints of at most `largest` bytes. One process writes, another reads after its death."""
+    """`count` slots for checkpoints of at most `largest` bytes. One process writes, another reads after its death.
+
+    Pictures' numbers begin with 1.
+    """
 
     descriptor: int
     count: int
@@ -42,11 +48,27 @@ class CheckpointSlots:
     @staticmethod
     def size_of(count: int, largest: int) -> int:
         """Bytes of memory that so many slots take."""
-        return max(1, count * 2 * (_HEADER.size + largest))
+        return count * (2 * (_HEADER.size + largest) + _MARK.size)
 
     def _place(self, slot: int, half: int) -> int:
         assert 0 <= slot < self.count
         return (2 * slot + half) * (_HEADER.size + self.largest)
+
+    def _mark_place(self, slot: int) -> int:
+        return self.count * 2 * (_HEADER.size + self.largest) + slot * _MARK.size
+
+    def mark(self, slot: int, number: int, call: int) -> None:
+        """Say that the forward of picture `number` for its network call `call` begins; unmark says that it ended."""
+        _MARK.pack_into(self._memory, self._mark_place(slot), number, call)
+
+    def unmark(self, slot: int) -> None:
+        """No forward of the slot's picture is running."""
+        _MARK.pack_into(self._memory, self._mark_place(slot), 0, 0)
+
+    def marked_call(self, slot: int, number: int) -> int | None:
+        """The network call that picture `number` was at in a forward that never ended; None where it was in none."""
+        owner, call = _MARK.unpack_from(self._memory, self._mark_place(slot))
+        return int(call) if owner == number else None
 
     def write(self, slot: int, number: int, state: bytes) -> bool:
         """Keep the state of picture `number`; False where it is larger than a slot, and the older one stays."""

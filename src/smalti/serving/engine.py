@@ -228,6 +228,9 @@ class Engine:
 
     def _step(self, chosen: Sequence[_Live]) -> None:
         """One network call of each, in one forward, or in two where that one fails."""
+        if self.slots is not None:
+            for live in chosen:
+                self.slots.mark(live.task.slot, live.number, live.picture.call)
         try:
             if self.faults is not None:
                 self.faults.before_forward([live.task.order for live in chosen], [live.picture for live in chosen])
@@ -249,6 +252,8 @@ class Engine:
                 _log.exception("picture %d", live.number)
                 if live.number in self._live:
                     self._fail(live, "internal_error", f"{type(error).__name__}: {error}")
+            if self.slots is not None:
+                self.slots.unmark(live.task.slot)
         self._fair.settle({live.task.order.tenant for live in self._live.values()})
 
     def _split(self, chosen: Sequence[_Live], error: Exception) -> None:

@@ -41,10 +41,6 @@ class EventLog:
         """The number of the event that tell takes next."""
         return self._number + 1
 
-    def begin_attempt(self, attempt: int) -> None:
-        """Number what is told from now on as of this attempt."""
-        self._number = attempt * EVENTS_PER_ATTEMPT
-
     def tell(self, kind: str, data: dict[str, Any], image: bytes | None = None, slot: str | None = None) -> None:
         """Add an event."""
         self._number += 1

@@ -23,11 +23,17 @@ _CREATED: Answers = {
     202: {"description": "The job was accepted, or had been with the same idempotency key."},
     409: {"description": "The idempotency key belongs to a job of another body.", "model": ErrorBody},
 }
+_EVENT = {
+    "type": "object",
+    "description": "One event.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}, "id": {"type": "string"}},
+    "required": ["event", "data", "id"],
+}
 _EVENTS: Answers = {
     200: {
         "description": "Server-sent events named queued, running, progress, preview, picture, then succeeded, failed "
         "or cancelled. The header Last-Event-ID goes on behind that event.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": _EVENT}},
     }
 }
 

@@ -11,7 +11,6 @@ import json
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,11 +19,12 @@ from typing import Any
 from smalti.errors import UserError
 from smalti.serving.answers import MEDIA_TYPES
 from smalti.serving.api_errors import ApiError
-from smalti.serving.job_events import EventLog, JobEvent, events_of_ended, picture_event, terminal_data
+from smalti.serving.job_events import JobEvent, events_of_ended, picture_event, terminal_data
 from smalti.serving.job_schemas import JobObject, job_object
+from smalti.serving.live_job import LiveJob
 from smalti.serving.messages import Admitted, Failed, Finished, PictureOrder, Preview
 from smalti.serving.service import PictureService, ShuttingDown, Ticket, Unavailable
-from smalti.serving.store import Operation, Store
+from smalti.serving.store import Store
 from smalti.serving.store_tables import (
     Job,
     JobError,
@@ -104,24 +104,6 @@ class NewJob:
         return hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()
 
 
-class LiveJob:
-    """A job that this server has in hand. All that changes it holds the lock, so that its events are told in order."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        before = sorted((picture_event(job.id, p) for p in job.pictures), key=lambda e: e.number)
-        self.log = EventLog(job.attempts, before)
-        self.lock = asyncio.Lock()
-        self.tickets: list[Ticket] = []
-        self.unwritten: deque[Operation[bool]] = deque()
-        self.files: dict[int, bytes] = {}  # of pictures that the store has not taken yet
-
-    @property
-    def place(self) -> int | None:
-        """Pictures before the first of its own, None when it has ended."""
-        return min((ticket.place for ticket in self.tickets if ticket.place is not None), default=None)
-
-
 class Jobs:
     """The jobs of a service. To be started on the event loop that it is used on, when the service takes requests."""
 
@@ -143,7 +125,7 @@ class Jobs:
         await self.webhooks.start()
         waiting: dict[str, list[LiveJob]] = {}
         for job in await self.store.read(unfinished_jobs):
-            live = self._live[job.id] = LiveJob(job)
+            live = self._live[job.id] = _left_over(job)
             waiting.setdefault(job.model, []).append(live)
         for lives in waiting.values():
             self._spawn(self._resume(lives))
@@ -230,7 +212,7 @@ class Jobs:
             for ticket in tickets:
                 ticket.cancel()
             raise
-        live = self._live[job.id] = LiveJob(job)
+        live = self._live[job.id] = LiveJob(job, job.attempts)
         live.log.tell("queued", {"attempt": 1})
         live.tickets = tickets
         self._spawn(self._follow(live, dict(enumerate(tickets))))
@@ -268,7 +250,7 @@ class Jobs:
         """End a job at the next step, unless it has ended; its state then. Raises JobNotFound."""
         job = await self.get(tenant, id)
         if not job.finished:
-            live = self._live.get(id) or LiveJob(job)
+            live = self._live.get(id) or _left_over(job)
             await self._end(live, "cancelled", None)
             for ticket in live.tickets:
                 ticket.cancel()
@@ -328,8 +310,7 @@ class Jobs:
         async with live.lock:
             job = replace(live.job, status="queued", attempts=live.job.attempts + 1)
             live.job = job
-            live.log.begin_attempt(job.attempts)
-            await self._write(live, partial(begin_attempt, id=job.id, attempts=job.attempts))
+            await live.write(self.store, partial(begin_attempt, id=job.id, attempts=job.attempts))
             live.log.tell("queued", {"attempt": job.attempts})
         orders = [job.orders[i] for i in missing]
         while not live.job.finished:
@@ -385,7 +366,7 @@ class Jobs:
             return
         now = time.time()
         live.job = replace(live.job, status="running", started=live.job.started or now)
-        await self._write(live, partial(start_job, id=live.job.id, now=now))
+        await live.write(self.store, partial(start_job, id=live.job.id, now=now))
         live.log.tell("running", {})
 
     async def _keep(self, live: LiveJob, index: int, ticket: Ticket, done: Finished) -> None:
@@ -394,7 +375,7 @@ class Jobs:
         number = live.log.next_number
         picture = JobPicture(index, number, order.seed, done.width, done.height, ticket.card.key, media_type)
         live.files[index] = done.image
-        await self._write(live, partial(keep_picture, id=live.job.id, picture=picture, file=done.image))
+        await live.write(self.store, partial(keep_picture, id=live.job.id, picture=picture, file=done.image))
         if not live.unwritten:
             del live.files[index]
         live.job = replace(live.job, pictures=(*live.job.pictures, picture))
@@ -409,8 +390,8 @@ class Jobs:
             expires = now + self.settings.keep_seconds
             job = replace(live.job, status=status, error=error, last_event=number, ended=now, expires=expires)
             message = self.webhooks.message_of(job)
-            won = await self._write(
-                live,
+            won = await live.write(
+                self.store,
                 partial(
                     end_job,
                     id=job.id,
@@ -437,33 +418,14 @@ class Jobs:
         if live.job.finished and not live.unwritten:
             self._live.pop(live.job.id, None)
 
-    # --- writing
-
-    async def _write(self, live: LiveJob, operation: Operation[bool | None]) -> bool:
-        """Write now or, where the store has no room, later; whether the store agreed, or is to be asked later."""
-        if not live.unwritten:
-            try:
-                return await self.store.write(operation) is not False
-            except Unavailable as error:
-                _log.warning("job %s: %s; kept in memory until there is room", live.job.id, error)
-        live.unwritten.append(operation)  # type: ignore[arg-type]
-        return True
+    # --- again and again
 
     async def _flush(self) -> None:
         """Write what found no room before."""
         for live in list(self._live.values()):
-            if not live.unwritten:
-                continue
-            async with live.lock:
-                try:
-                    while live.unwritten:
-                        await self.store.write(live.unwritten[0])
-                        live.unwritten.popleft()
-                except Unavailable:
-                    return
-                live.files.clear()
-            self._let_go(live)
-            self.webhooks.wake()
+            if live.unwritten and await live.flush(self.store):
+                self._let_go(live)
+                self.webhooks.wake()
 
     async def _tell_progress(self) -> None:
         for live in self._live.values():
@@ -482,6 +444,11 @@ class Jobs:
                 await self.store.write(give_back_room)
         except Unavailable as error:
             _log.warning("expired jobs cannot be deleted now: %s", error)
+
+
+def _left_over(job: Job) -> LiveJob:
+    """A job of an earlier server's, whose listeners have heard events of its last attempt already."""
+    return LiveJob(job, job.attempts + 1)
 
 
 async def _repeated(work: Any, seconds: float) -> None:

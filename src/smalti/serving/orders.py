@@ -82,6 +82,7 @@ def orders_of(request: PictureRequest, card: ModelCard, circumstances: Circumsta
             output_format=request.output_format or "png",
             output_compression=_DEFAULT_COMPRESSION if compression is None else compression,
             tenant=caller.tenant,
+            user=request.user or "",
             weight=caller.weight,
             deadline_seconds=circumstances.deadline_seconds,
             request_id=caller.request_id,
@@ -124,7 +125,8 @@ def _steps(request: PictureRequest, card: ModelCard) -> int | None:
         return request.num_inference_steps
     match told_quality(request.quality):
         case "low":
-            return max(card.num_inference_steps // 2, 1)
+            # Many solvers need two steps; a model of one step has no lower quality.
+            return max(card.num_inference_steps // 2, min(card.num_inference_steps, 2))
         case "high":
             return min(2 * card.num_inference_steps, MOST_STEPS)
     return None

@@ -1,8 +1,9 @@
 """The workers of one model version and the pictures that it has accepted: balancing, loss, suspicion, quarantine.
 
-What a worker had in flight when it died goes on elsewhere from its checkpoints. A picture that was in flight at two
-deaths is a suspect: suspects are tried apart from the others, on a worker that holds nothing else, in halves each time
-it dies, until the one that kills is alone. Dead twice alone, it is quarantined; the others never notice but in time.
+What a worker had in flight when it died goes on elsewhere from its checkpoints. A picture that was in a forward at two
+deaths, at the same network call, is a suspect: suspects are tried apart from the others, on a worker that holds nothing
+else, in halves each time it dies, until the one that kills is alone. When it has killed twice alone, it is quarantined;
+the others never notice but in time. Workers that die of something else are at other calls each time.
 """
 
 import asyncio
@@ -31,9 +32,11 @@ from smalti.serving.messages import (
     Preview,
     Ready,
     Stop,
+    Tick,
 )
 from smalti.serving.service import WorkerState
 from smalti.serving.ticket import PictureTicket
+from smalti.serving.work_rate import WorkRate
 from smalti.serving.worker_process import WorkerProcess, start_worker
 
 _log = logging.getLogger("smalti.serving")
@@ -46,8 +49,9 @@ class PoolSettings:
     """workers: processes. slots: pictures that a worker holds at most, waiting ones included.
 
     hang_seconds: a worker without a tick for the larger of this and 20 mean steps is killed. start_seconds: until it
-    is ready. max_backoff: seconds between restarts of one that keeps dying. suspect_after: deaths beside others after
-    which a picture is tried apart; quarantine_after: deaths alone.
+    is ready. max_backoff: seconds between restarts of one that keeps dying. suspect_after: deaths at one
+    call after which a picture is tried apart; quarantine_after: deaths alone at one call, and quarantine_in_any_case:
+    at any.
     """
 
     workers: int = 1
@@ -60,6 +64,7 @@ class PoolSettings:
     give_up_after: int = 6
     suspect_after: int = 2
     quarantine_after: int = 2
+    quarantine_in_any_case: int = 12
 
 
 @dataclass
@@ -76,8 +81,11 @@ class AcceptedPicture:
     resume: bytes | None = None
     admitted: bool = False
     previews: int = 0  # told
-    deaths: int = 0
+    reported: bool = False  # whether its worker's ticks count it
+    died_at: int | None = None  # the network call of its last forward that killed a worker
+    deaths: int = 0  # in a row at that call
     deaths_alone: int = 0
+    deaths_in_all: int = 0
 
 
 @dataclass
@@ -100,7 +108,8 @@ class _Place:
 class Pool:
     """All of one model version. Lives on one event loop.
 
-    module, settings: what a worker process runs. ended: told of each picture that reached its end.
+    module, settings: what a worker process runs. ended: told of each picture that reached its end. work:
+    told of what is done.
     """
 
     def __init__(
@@ -111,12 +120,14 @@ class Pool:
         model_settings: bytes,
         settings: PoolSettings,
         ended: Callable[[AcceptedPicture, Finished | Failed], None],
+        work: WorkRate,
     ) -> None:
         self.name, self.run, self.settings = name, run, settings
         self.card: ModelCard | None = None
         self.retired = False
         self.pictures: dict[int, AcceptedPicture] = {}
         self.ticks = self.rows = self.padded_rows = 0
+        self._work = work
         self._module, self._model_settings = module, model_settings
         self._ended = ended
         self._waiting: deque[AcceptedPicture] = deque()
@@ -251,6 +262,7 @@ class Pool:
     def _hand(self, picture: AcceptedPicture, place: _Place) -> None:
         assert place.process is not None
         picture.worker, picture.slot = place.number, place.process.free_slots.pop()
+        picture.reported = False
         place.in_flight[picture.number] = picture
         order = picture.order
         if order.deadline_seconds is not None:  # of what is left of it
@@ -279,7 +291,7 @@ class Pool:
         place.in_flight.pop(picture.number, None)
         if place.process is not None and picture.slot >= 0:
             place.process.free_slots.append(picture.slot)
-        picture.worker, picture.slot = None, -1
+        picture.worker, picture.slot, picture.reported = None, -1, False
 
     # --- workers
 
@@ -344,13 +356,16 @@ class Pool:
                 picture = place.in_flight.get(message.number)
                 if picture is not None:
                     self._hear_of(place, picture, message)
-            case _:
-                self.ticks += 1
-                self.rows += getattr(message, "rows", 0)
-                self.padded_rows += getattr(message, "padded_rows", 0)
+            case Tick(rows=rows):
+                self.ticks += bool(rows)
+                self.rows += rows
+                self.padded_rows += message.padded_rows
+                if rows and self.card is not None:
+                    self._work.add(rows * self.card.tokens)
 
     def _hear_of(self, place: _Place, picture: AcceptedPicture, event: Admitted | Preview | Finished | Failed) -> None:
         if isinstance(event, Admitted):
+            picture.reported = True
             if not picture.admitted:
                 picture.admitted = True
                 picture.cost = event.cost
@@ -376,9 +391,8 @@ class Pool:
         for picture in lost:
             if process.slots is not None:
                 picture.resume = process.slots.read(picture.slot, picture.number) or picture.resume
+                _accuse(picture, process.slots.marked_call(picture.slot, picture.number), trial and len(lost) == 1)
             self._free(picture)
-            picture.deaths += 1
-            picture.deaths_alone += trial and len(lost) == 1
         if trial:
             self._judge(lost)
         else:
@@ -392,12 +406,11 @@ class Pool:
         """A group of suspects has killed another worker."""
         if len(group) == 1:
             picture = group[0]
-            if picture.deaths_alone >= self.settings.quarantine_after:
+            limits = self.settings.quarantine_after, self.settings.quarantine_in_any_case
+            if picture.deaths_alone >= limits[0] or picture.deaths_in_all >= limits[1]:
                 _log.error("picture %d of request %s is quarantined", picture.number, picture.order.request_id)
-                deaths = (
-                    f"{picture.deaths} workers died while they drew it, the last {picture.deaths_alone} of it alone"
-                )
-                self._fail(picture, "quarantined", deaths)
+                died = f"{picture.deaths_in_all} workers died while they drew it, {picture.deaths_alone} of it alone"
+                self._fail(picture, "quarantined", died)
             else:
                 self._trials.appendleft(group)
         elif group:
@@ -426,6 +439,14 @@ class Pool:
 
     # --- state
 
+    def cost_left(self) -> float:
+        """Rows x tokens x network calls accepted and still to do."""
+        cost = sum(p.cost for p in self.pictures.values() if not p.reported)
+        for place in self._places:
+            if place.process is not None and place.process.last_tick is not None:
+                cost += place.process.last_tick.cost_left
+        return cost
+
     def worker_states(self) -> list[WorkerState]:
         """Each worker as others see it."""
         return [self._state_of(place) for place in self._places]
@@ -446,6 +467,18 @@ class Pool:
             0 if tick is None else tick.waiting,
             0 if tick is None else tick.rows,
         )
+
+
+def _accuse(picture: AcceptedPicture, call: int | None, alone: bool) -> None:
+    """A worker died with this picture in a forward for its network call `call`, or in none."""
+    if call is None:
+        return
+    if call != picture.died_at:
+        picture.deaths = picture.deaths_alone = 0
+    picture.died_at = call
+    picture.deaths += 1
+    picture.deaths_alone += alone
+    picture.deaths_in_all += 1
 
 
 def _is_late(picture: AcceptedPicture, now: float) -> bool:

@@ -116,7 +116,9 @@ class PictureRequest(StrictRequest):
         Literal["auto", "opaque", "transparent"] | None, Field(description="Accepted; pictures are opaque.")
     ] = None
     moderation: Annotated[Literal["auto", "low"] | None, Field(description=_Ignored)] = None
-    user: Annotated[str | None, Field(max_length=1000, description=_Ignored)] = None
+    user: Annotated[
+        str | None, Field(max_length=1000, description="Whose requests stay with one arm, where a model has several.")
+    ] = None
     safety_identifier: Annotated[str | None, Field(max_length=1000, description=_Ignored)] = None
 
     @model_validator(mode="after")

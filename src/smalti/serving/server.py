@@ -125,9 +125,10 @@ def assemble(settings: ServeSettings, supervisor: Supervisor, arms: Arms) -> Fas
         try:
             yield
         finally:
+            # First the workers, so that jobs hear of what they have just drawn; what was not goes to the next server.
+            await supervisor.drain()
             await jobs.close()
             await arms.close()
-            await supervisor.drain()
             await store.close()
 
     routers = [jobs_router(jobs, settings.http), state_router(service)]
@@ -200,6 +201,7 @@ class _DrainingServer(uvicorn.Server):
         self._supervisor = supervisor
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end; a second signal ends at once."""
+        """Begin to end; a second signal ends at once. The process then exits with 0, where uvicorn would raise it."""
         self._supervisor.refuse_new()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit
+        self.should_exit = True

@@ -44,6 +44,12 @@ class ServerMetrics:
         self.end_to_end = Histogram(
             "smalti_picture_seconds", "Accepted to finished", ["arm"], buckets=_SECONDS, registry=self.registry
         )
+        self.resumed = Counter(
+            "smalti_pictures_resumed",
+            "Finished from a checkpoint of a worker that was lost",
+            ["arm"],
+            registry=self.registry,
+        )
         self.queued = Histogram(
             "smalti_queued_seconds", "Admitted to first forward", ["arm"], buckets=_SECONDS, registry=self.registry
         )
@@ -102,6 +108,8 @@ class MeasuredTicket:
             elif isinstance(event, Finished):
                 self.metrics.end_to_end.labels(arm).observe(time.perf_counter() - self._accepted)
                 self.metrics.queued.labels(arm).observe(event.queued_seconds)
+                if event.resumed_from:
+                    self.metrics.resumed.labels(arm).inc()
                 self._count("ok")
             elif isinstance(event, Failed):
                 self._count(event.code)

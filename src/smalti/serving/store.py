@@ -173,21 +173,24 @@ def _own_file(url: URL, name: str) -> Callable[[], None]:
 
 
 def _own_database(engine: Engine, name: str) -> Callable[[], None]:
+    connection: Connection | None = None
     try:
         connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        with connection.begin():
-            connection.execute(text(f"SET lock_timeout = '{int(_OWNER_SECONDS)}s'"))
-            connection.execute(text(f"SELECT pg_advisory_lock({_OWNER_LOCK})"))
+        connection.execute(text(f"SET lock_timeout = '{int(_OWNER_SECONDS)}s'"))
+        connection.execute(text(f"SELECT pg_advisory_lock({_OWNER_LOCK})"))
     except DBAPIError as error:
+        if connection is not None:
+            connection.close()
         engine.dispose()
         if getattr(error.orig, "sqlstate", None) == "55P03":  # lock_not_available
             raise _owned(name) from None
         raise UserError(f"job store {name} cannot be opened: {_reason(error)}") from error
+    held = connection
 
     def release() -> None:
         with suppress(DBAPIError):
-            connection.invalidate()  # closes the session, and the lock with it
-            connection.close()
+            held.invalidate()  # closes the session, and the lock with it
+            held.close()
 
     return release
 

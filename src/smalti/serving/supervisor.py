@@ -5,9 +5,7 @@ Workers are disposable processes; a picture that was accepted reaches exactly on
 
 import asyncio
 import contextlib
-import math
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -19,10 +17,9 @@ from smalti.errors import UserError, unknown_name
 from smalti.serving.messages import Failed, Finished, ModelCard, PictureOrder
 from smalti.serving.model_settings import ModelSettings
 from smalti.serving.pool import AcceptedPicture, Pool, PoolSettings
-from smalti.serving.service import NotReady, QueueFull, ServiceState, ShuttingDown, Ticket
+from smalti.serving.queue_bound import QueueBound, expected_cost
+from smalti.serving.service import NotReady, ServiceState, ShuttingDown, Ticket
 from smalti.serving.ticket import PictureTicket
-
-_RATE_WINDOW = 30.0  # seconds over which throughput is measured
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,8 @@ class Supervisor:
         self.settings = settings
         self._pools: list[Pool] = []
         self._numbers = count(1)
-        self._cost = 0.0
-        self._done: deque[tuple[float, float]] = deque()  # (when, cost) of what was finished lately
         self._finished = 0  # pictures
+        self._bound = QueueBound(settings.cost_limit)
         self._draining = False
 
     # --- models
@@ -57,7 +53,13 @@ class Supervisor:
         """Load a run as name; returns when its first worker is warm. Raises UserError where it cannot be served."""
         model = msgspec.structs.replace(self.settings.model, name=name, run=str(run))
         pool = Pool(
-            name, run, self.settings.worker_module, msgspec.json.encode(model), self.settings.pool, self._on_end
+            name,
+            run,
+            self.settings.worker_module,
+            msgspec.json.encode(model),
+            self.settings.pool,
+            self._on_end,
+            self._bound.rate,
         )
         pool.start()
         try:
@@ -101,42 +103,20 @@ class Supervisor:
         if pool.given_up:
             raise NotReady(f"{card.key}: no worker stays alive", self.settings.pool.max_backoff)
         costs = [expected_cost(card, order) for order in orders]
-        room = self.settings.cost_limit - self._cost
-        if sum(costs) > room:
-            if sum(costs) > self.settings.cost_limit:
-                raise UserError(
-                    f"the request costs {sum(costs):.0f} (rows x tokens x calls), the whole queue holds "
-                    f"{self.settings.cost_limit:.0f}: ask for fewer pictures or steps"
-                )
-            raise QueueFull("the queue is full", self._seconds_until(sum(costs) - room))
+        self._bound.check(self._cost_left(), costs)
         tickets: list[Ticket] = []
         for order, cost in zip(orders, costs, strict=True):
             number = next(self._numbers)
             ticket = PictureTicket(number, card, pool.cancel, pool.place_of)
-            self._cost += cost
             pool.accept(AcceptedPicture(number, order, ticket, cost, time.monotonic()))
             tickets.append(ticket)
         return tickets
 
     def _on_end(self, picture: AcceptedPicture, event: Finished | Failed) -> None:
-        self._cost = sum(one.cost for pool in self._pools for one in pool.pictures.values())
-        if isinstance(event, Finished):
-            self._done.append((time.monotonic(), event.cost))
-            self._finished += 1
+        self._finished += isinstance(event, Finished)
 
-    def cost_per_second(self) -> float:
-        """What was finished a second, over the last half minute; 0 where nothing was."""
-        now = time.monotonic()
-        while self._done and now - self._done[0][0] > _RATE_WINDOW:
-            self._done.popleft()
-        if not self._done:
-            return 0.0
-        return sum(cost for _, cost in self._done) / max(1.0, now - self._done[0][0])
-
-    def _seconds_until(self, cost: float) -> float:
-        """How long until so much of what is there is done; a guess of a second where nothing was measured."""
-        rate = self.cost_per_second()
-        return max(1.0, cost / rate) if rate else 1.0
+    def _cost_left(self) -> float:
+        return sum(pool.cost_left() for pool in self._pools)
 
     # --- life
 
@@ -163,20 +143,12 @@ class Supervisor:
         workers = [state for pool in pools for state in pool.worker_states()]
         return ServiceState(
             tuple(replace(state, number=i) for i, state in enumerate(workers)),
-            self._cost,
+            self._cost_left(),
             self.settings.cost_limit,
-            self.cost_per_second(),
+            self._bound.rate.a_second(),
             sum(pool.ticks for pool in pools),
             sum(pool.rows for pool in pools),
             sum(pool.padded_rows for pool in pools),
             self._draining,
             self._finished,
         )
-
-
-def expected_cost(card: ModelCard, order: PictureOrder) -> float:
-    """Rows x tokens x steps of an order, before a worker has counted its network calls."""
-    scale = card.guidance_scale if order.guidance_scale is None else order.guidance_scale
-    rows = 1 if scale == 1.0 or not math.isfinite(scale) else 2
-    steps = card.num_inference_steps if order.num_inference_steps is None else order.num_inference_steps
-    return float(rows * card.tokens * max(1, steps))

@@ -347,7 +347,7 @@ def _draw_tab(blocks: "gradio.Blocks", page: _Page, max_pictures: int) -> None:
             strip = gr.HTML()
             gallery = gr.Gallery(
                 label="Pictures",
-                columns=4,
+                columns=3,
                 fit_columns=False,
                 format="png",
                 elem_classes="results",
@@ -371,7 +371,7 @@ def _draw_tab(blocks: "gradio.Blocks", page: _Page, max_pictures: int) -> None:
                 fresh = [p for p in now if isinstance(p.end, Finished) and p.ticket.number not in results]
                 for picture in fresh:
                     results[picture.ticket.number] = (await page.file(picture), caption(picture))
-                shown = [*results.values(), *kept][:_KEPT]
+                shown = [*(results[number] for number in sorted(results)), *kept][:_KEPT]
                 line = status_line(now, time.monotonic() - began)
                 yield line, progress_strip(now), shown if fresh else gr.skip(), shown if fresh else gr.skip()
 
@@ -425,24 +425,26 @@ def _compare_tab(blocks: "gradio.Blocks", page: _Page) -> None:
             async for now in news:
                 yield status_line(now, time.monotonic() - began), progress_strip(now), gr.skip()
         line = status_line(now, time.monotonic() - began)
-        yield line, "", await _compared(page, now)
+        shown, said = await _compared(page, now)
+        yield f"{line}; {said}" if said else line, "", shown
 
     _connect(page, go, stop, compare, [*a.all(), *b.all(), *subject, seed], [status, strip, gallery])
 
 
-async def _compared(page: _Page, pictures: Sequence[Watched]) -> list[tuple[str, str]]:
-    """Those that could be drawn, and where all were, their difference."""
+async def _compared(page: _Page, pictures: Sequence[Watched]) -> tuple[list[tuple[str, str]], str]:
+    """Those that could be drawn, and where all were, their difference with what it says."""
     shown = [
         (await page.file(picture), f"{name}: {picture.ticket.card.key}")
         for name, picture in zip("AB", pictures, strict=True)
         if isinstance(picture.end, Finished)
     ]
     ends = [picture.end.image for picture in pictures if isinstance(picture.end, Finished)]
-    if len(ends) == 2:
-        apart, said = await asyncio.to_thread(difference, *ends)
-        if apart is not None:
-            shown.append((await page.write(apart, f"difference-seed-{pictures[0].order.seed}.png"), said))
-    return shown
+    if len(ends) < 2:
+        return shown, ""
+    apart, said = await asyncio.to_thread(difference, *ends)
+    if apart is not None:
+        shown.append((await page.write(apart, f"difference-seed-{pictures[0].order.seed}.png"), "difference"))
+    return shown, said
 
 
 def _connect(

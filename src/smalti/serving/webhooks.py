@@ -135,13 +135,6 @@ class Webhooks:
         else:
             made = base64.b64encode(secrets.token_bytes(32)).decode()
             self._master = _secret_bytes(await self.store.write(partial(fact, name="webhook_secret", otherwise=made)))
-        context = await asyncio.get_running_loop().run_in_executor(None, ssl.create_default_context)
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=context,
-            max_connections=self.settings.concurrency,
-            max_keepalive_connections=0,  # a receiver that changed its address is judged anew each time
-            network_backend=GuardedNetwork(self.settings.allow_private, self._resolver),
-        )
         self._dispatcher = asyncio.create_task(self._dispatch())
 
     async def close(self) -> None:
@@ -160,10 +153,10 @@ class Webhooks:
             wait: float | None = None
             try:
                 await self._send_due()
-                due = await self.store.read(
-                    partial(next_due, not_these=list(self._sending), not_hosts=self._busy_hosts())
-                )
-                wait = None if due is None else max(due - time.time(), 0.5)
+                sending = list(self._sending)
+                if len(sending) < self.settings.concurrency:
+                    due = await self.store.read(partial(next_due, not_these=sending, not_hosts=self._busy_hosts()))
+                    wait = None if due is None else max(due - time.time(), 0.02)
             except Unavailable:
                 wait = 5.0
             except Exception:
@@ -237,7 +230,6 @@ class Webhooks:
 
     async def _post(self, message: Webhook) -> int:
         """The status of the answer; its body is not read."""
-        assert self._pool is not None
         address = webhook_address(message.url, self.settings.hosts, self.settings.allow_private)
         now = datetime.datetime.now(datetime.UTC)
         headers: dict[bytes | str, bytes | str] = {
@@ -249,5 +241,18 @@ class Webhooks:
             "webhook-timestamp": str(int(now.timestamp())),
             "webhook-signature": Signer(self.secret_of(message.tenant)).sign(message.id, now, message.body),
         }
-        async with self._pool.stream("POST", address.url, headers=headers, content=message.body.encode()) as response:
+        pool = await self._connections()
+        async with pool.stream("POST", address.url, headers=headers, content=message.body.encode()) as response:
             return int(response.status)
+
+    async def _connections(self) -> httpcore.AsyncConnectionPool:
+        if self._pool is None:
+            # Reading the certificates takes 50 ms: not on the loop, and not where nothing is sent.
+            context = await asyncio.get_running_loop().run_in_executor(None, ssl.create_default_context)
+            self._pool = self._pool or httpcore.AsyncConnectionPool(
+                ssl_context=context,
+                max_connections=self.settings.concurrency,
+                max_keepalive_connections=0,  # a receiver that changed its address is judged anew each time
+                network_backend=GuardedNetwork(self.settings.allow_private, self._resolver),
+            )
+        return self._pool

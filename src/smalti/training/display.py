@@ -39,13 +39,8 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class PlainDisplay:
-    """A line now and then, for logs and pipes."""
-
-    def __init__(self, seconds_between_lines: float = 5.0) -> None:
-        self._between = seconds_between_lines
-        self._last = 0.0
-        self._grid = ""
+class SilentDisplay:
+    """Says nothing: on the ranks that do not speak, and as the ground that others are made from."""
 
     def __enter__(self) -> Self:
         return self
@@ -54,6 +49,24 @@ class PlainDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+    def update(self, step: int, progress: float, loss: float, images_per_second: float, seconds_left: float) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def picture(self, path: str) -> None:
+        """Nothing."""
+
+
+class PlainDisplay(SilentDisplay):
+    """A line now and then, for logs and pipes."""
+
+    def __init__(self, seconds_between_lines: float = 5.0) -> None:
+        self._between = seconds_between_lines
+        self._last = 0.0
+        self._grid = ""
 
     def update(self, step: int, progress: float, loss: float, images_per_second: float, seconds_left: float) -> None:
         """A line if the last is old enough, or at the end."""
@@ -74,27 +87,6 @@ class PlainDisplay:
     def picture(self, path: str) -> None:
         """Remembered for the next lines."""
         self._grid = f"  samples: {path}"
-
-
-class SilentDisplay:
-    """Nothing, on the ranks that do not speak."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def update(self, step: int, progress: float, loss: float, images_per_second: float, seconds_left: float) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Nothing."""
-
-    def picture(self, path: str) -> None:
-        """Nothing."""
 
 
 class LiveDisplay:

@@ -5,8 +5,10 @@ from functools import lru_cache
 
 import torch
 
-_SIDE = {"cpu": 1024}  # of the square matrices: large enough to reach the peak, small enough for a moment
-_LARGE_SIDE = 8192
+
+def product_side(device: torch.device) -> int:
+    """The side of the square matrices: large enough to reach the peak, small enough for a moment."""
+    return 1024 if device.type == "cpu" else 8192
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
@@ -17,7 +19,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
 @lru_cache(maxsize=8)
 def _measured(device_name: str, dtype: torch.dtype, threads: int, seconds: float) -> float:
     device = torch.device(device_name)
-    side = _SIDE.get(device.type, _LARGE_SIDE)
+    side = product_side(device)
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:

@@ -21,7 +21,7 @@ class CheckpointWriter:
     """Writes a run's checkpoints, one at a time; only the first rank's has a folder to write to.
 
     begin() returns when the values are copied; a thread writes, hashes, syncs and renames. A write that fails (a full
-    disk) leaves the older checkpoints as they are and is told by `complaint`; training goes on.
+    disk) leaves the older checkpoints as they are and is told by `complain`; training goes on.
     """
 
     def __init__(self, folder: Path, keep: int, ranks: Ranks, sharding: Sharding, in_background: bool = True) -> None:

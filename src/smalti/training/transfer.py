@@ -14,8 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import filelock
 
@@ -24,6 +23,7 @@ from smalti.errors import UserError
 from smalti.optim.ema import ExponentialEma
 from smalti.run_folder import finite_json
 from smalti.training.coordinates import with_learning_rate
+from smalti.training.display import SilentDisplay
 from smalti.training.failure import TrainingDiverged
 from smalti.training.loop import train
 from smalti.training.widths import PARAMETRISATIONS, Parametrisation, at_width, check_widths
@@ -159,29 +159,15 @@ class Transfer:
         }
 
 
-class _CellDisplay:
+class _CellDisplay(SilentDisplay):
     """Passes on how far a cell is, and says nothing."""
 
     def __init__(self, report: Callable[[float], None]) -> None:
         self._report = report
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
     def update(self, step: int, progress: float, loss: float, images_per_second: float, seconds_left: float) -> None:
         """A step is done."""
         self._report(progress)
-
-    def message(self, text: str) -> None:
-        """Nothing."""
-
-    def picture(self, path: str) -> None:
-        """Nothing."""
 
 
 def cell_config(config: RunConfig, grid: Grid, cell: Cell) -> RunConfig:
