@@ -326,9 +326,9 @@ SHARED: dict[str, Scenario] = {
 async def sigterm_under_load(run: Path, steps: int) -> Account:
     """SIGTERM while pictures are drawn."""
     account = Account("SIGTERM under load")
-    async with rehearsal_server(run) as server:
+    async with rehearsal_server(run, "--queue-cost", "1e9") as server:
         await server.until_ready(2)
-        drawing = asyncio.ensure_future(server.draw_all([_body(i, 2 * steps) for i in range(16)]))
+        drawing = asyncio.ensure_future(server.draw_all([_body(i, min(1000, 3 * steps)) for i in range(16)]))
         await server.until_holding(16)
         status = await server.stop()
         answers = await drawing
@@ -344,9 +344,12 @@ async def killed_parent(run: Path, steps: int) -> Account:
     account = Account("killed parent")
     with tempfile.TemporaryDirectory(prefix="smalti-chaos-") as name:
         folder = Path(name)
-        async with rehearsal_server(run, folder=folder) as server:
+        async with rehearsal_server(run, "--queue-cost", "1e9", folder=folder) as server:
             workers = await server.until_ready(2)
-            jobs = [(await server.client.post("/v1/jobs", json=_body(i, 2 * steps))).json()["id"] for i in range(8)]
+            jobs = [
+                (await server.client.post("/v1/jobs", json=_body(i, min(1000, 3 * steps)))).json()["id"]
+                for i in range(8)
+            ]
             await server.until_busy()
             server.process.kill()
             await server.process.wait()
@@ -355,13 +358,13 @@ async def killed_parent(run: Path, steps: int) -> Account:
             while any(is_running(pid) for pid in workers):
                 await asyncio.sleep(0.05)
         account.checks["its workers exit with it"] = True
-        async with rehearsal_server(run, folder=folder) as server:
+        async with rehearsal_server(run, "--queue-cost", "1e9", folder=folder) as server:
             ends = [await _job_end(server, job) for job in jobs]
             account.ends.update(end["status"] for end in ends)
             account.checks["each job is done once, after the restart"] = all(
                 end["status"] == "succeeded" and len(end["images"]) == 1 for end in ends
             )
-            alone = await server.draw(_body(3, 2 * steps))
+            alone = await server.draw(_body(3, min(1000, 3 * steps)))
             image = await server.client.get(f"/v1/jobs/{jobs[3]}/images/0")
             same = alone.picture is not None and without_receipt(image.content) == without_receipt(alone.picture)
             account.checks["a recovered picture is the undisturbed one, to the byte"] = same
