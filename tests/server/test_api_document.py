@@ -1,6 +1,6 @@
 """Schemathesis reads the OpenAPI document and asks everything that it allows, and what it does not.
 
-SMALTI_API_CASES=2000 pytest tests/serving/test_api_document.py asks that often; without it, enough for each change.
+SMALTI_API_CASES=2000 pytest tests/server/test_api_document.py asks that often; without it, enough for each change.
 """
 
 import os
@@ -8,7 +8,7 @@ import os
 import hypothesis
 import schemathesis
 from schemathesis.specs.openapi.checks import negative_data_rejection
-from serving.double_service import DoubleService, card
+from server.double_service import DoubleService, card
 
 from smalti.serving.access import parse_keys
 from smalti.serving.app import create_app

@@ -6,8 +6,8 @@ import contextlib
 import httpx
 import pytest
 from fastapi import HTTPException, Request
-from serving.double_service import card
-from serving.doubles_jobs import VersionedDouble
+from server.double_service import card
+from server.doubles_jobs import VersionedDouble
 
 from smalti.serving.admin import admin_router, runs_in
 from smalti.serving.app import create_app

@@ -1,6 +1,6 @@
 """Schemathesis over the routes of jobs and of the administrator, on a live server.
 
-SMALTI_API_CASES=2000 pytest tests/serving/test_job_document.py asks that often.
+SMALTI_API_CASES=2000 pytest tests/server/test_job_document.py asks that often.
 """
 
 import contextlib
@@ -10,9 +10,9 @@ import httpx
 import hypothesis
 import pytest
 import schemathesis
-from serving.doubles_jobs import LOCAL, QUICK, VersionedDouble
-from serving.live_server import live_server
-from serving.test_api_document import asked, check
+from server.doubles_jobs import LOCAL, QUICK, VersionedDouble
+from server.live_server import live_server
+from server.test_api_document import asked, check
 
 from smalti.serving.admin import admin_router
 from smalti.serving.app import create_app

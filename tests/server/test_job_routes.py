@@ -6,8 +6,8 @@ import json
 
 import httpx
 import pytest
-from serving.double_service import DoubleService
-from serving.doubles_jobs import LOCAL, QUICK, running_jobs
+from server.double_service import DoubleService
+from server.doubles_jobs import LOCAL, QUICK, running_jobs
 
 from smalti.serving.access import ApiKey, digest
 from smalti.serving.app import create_app

@@ -13,7 +13,7 @@ from itertools import count
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving.postgres_server import as_other_user, find_binaries, make_database, postgres
+from server.postgres_server import as_other_user, find_binaries, make_database, postgres
 from sqlalchemy import create_engine, text
 
 from smalti.errors import UserError
@@ -296,7 +296,7 @@ def test_the_loop_goes_on_while_the_disk_is_waited_for(tmp_path):
 LIMITED = """
     import asyncio, resource, sys
     from functools import partial
-    from serving.test_job_store import job, picture, end
+    from server.test_job_store import job, picture, end
     from smalti.serving.store import open_store, StorageFull
     from smalti.serving.store_tables import *
     store = open_store(sys.argv[1])

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from PIL import Image
-from serving.double_service import DoubleService, DoubleTicket, card, picture
+from server.double_service import DoubleService, DoubleTicket, card, picture
 
 from smalti.errors import UserError
 from smalti.serving.drawing import Watched, watch

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from serving.double_service import DoubleService
+from server.double_service import DoubleService
 
 from smalti.cli import main
 from smalti.cli_serve_arguments import Top

@@ -8,8 +8,8 @@ import time
 import openai
 import pytest
 from PIL import Image
-from serving.double_service import DoubleService, card, picture
-from serving.live_server import live_server, wait_until
+from server.double_service import DoubleService, card, picture
+from server.live_server import live_server, wait_until
 
 from smalti.serving.access import parse_keys
 from smalti.serving.app import create_app

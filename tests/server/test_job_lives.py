@@ -10,8 +10,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from serving.double_service import DoubleTicket, card, picture
-from serving.doubles_jobs import new_job
+from server.double_service import DoubleTicket, card, picture
+from server.doubles_jobs import new_job
 from sqlalchemy import text
 
 from smalti.serving.job_events import JobEvent

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from serving.double_service import DoubleService, card
+from server.double_service import DoubleService, card
 
 from smalti.errors import UserError
 from smalti.serving.access import parse_keys

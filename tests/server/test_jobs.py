@@ -4,8 +4,8 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from serving.double_service import DoubleService, card, picture
-from serving.doubles_jobs import QUICK, ended, new_job, running_jobs, until
+from server.double_service import DoubleService, card, picture
+from server.doubles_jobs import QUICK, ended, new_job, running_jobs, until
 
 from smalti.errors import UserError
 from smalti.serving.jobs import IdempotencyConflict, JobNotFound

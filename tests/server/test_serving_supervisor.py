@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from serving.loop_thread import LoopThread
+from server.loop_thread import LoopThread
 
 from smalti.errors import UserError
 from smalti.serving.messages import Admitted, Failed, Finished, PictureOrder, Preview

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from serving.drawing_engine import DrawingEngine
+from server.drawing_engine import DrawingEngine
 
 from smalti.images import to_pil
 from smalti.serving.checkpoint_slots import CheckpointSlots, anonymous_memory

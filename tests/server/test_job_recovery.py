@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving.double_service import card, picture
-from serving.test_webhooks import answers, receiver
+from server.double_service import card, picture
+from server.test_webhooks import answers, receiver
 from standardwebhooks.webhooks import Webhook as Verifier
 
 import smalti
@@ -25,7 +25,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(Path(
 @contextlib.asynccontextmanager
 async def server_process(where, step_seconds):
     """A client of a server in a process of its own, and the process; it is killed at the end."""
-    program = [sys.executable, str(TESTS / "serving" / "job_server.py"), str(where), str(step_seconds)]
+    program = [sys.executable, str(TESTS / "server" / "job_server.py"), str(where), str(step_seconds)]
     process = await asyncio.create_subprocess_exec(*program, stdout=subprocess.PIPE, env=ENVIRONMENT)
     try:
         port = int(await asyncio.wait_for(process.stdout.readline(), 30))
@@ -105,8 +105,8 @@ def test_a_killed_server_loses_no_job_and_delivers_nothing_twice(tmp_path):
 ON_A_SMALL_DISK = """
     import asyncio, os, sys
     from pathlib import Path
-    from serving.double_service import DoubleService
-    from serving.doubles_jobs import ended, new_job, running_jobs, until
+    from server.double_service import DoubleService
+    from server.doubles_jobs import ended, new_job, running_jobs, until
     from smalti.serving.store import StorageFull
 
     async def main(disk):

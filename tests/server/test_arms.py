@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from serving.double_service import card, picture
-from serving.doubles_jobs import VersionedDouble, ended, new_job, running_jobs, until
+from server.double_service import card, picture
+from server.doubles_jobs import VersionedDouble, ended, new_job, running_jobs, until
 
 from smalti.errors import UserError
 from smalti.serving.arms import Arms, ArmSettings, choose_arm, experiment_id, is_worse, sticky_point

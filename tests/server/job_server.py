@@ -4,8 +4,8 @@ import asyncio
 import sys
 
 import uvicorn
-from serving.double_service import DoubleService
-from serving.doubles_jobs import LOCAL, QUICK, running_jobs
+from server.double_service import DoubleService
+from server.doubles_jobs import LOCAL, QUICK, running_jobs
 
 from smalti.serving.app import create_app
 from smalti.serving.job_routes import jobs_router

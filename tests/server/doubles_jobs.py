@@ -6,7 +6,7 @@ import zlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from serving.double_service import DoubleService, card
+from server.double_service import DoubleService, card
 
 from smalti.errors import UserError
 from smalti.serving.jobs import Jobs, JobSettings, NewJob

@@ -67,7 +67,7 @@ def test_a_soaks_account_sees_growth_and_loss():
 
 
 def test_a_png_without_its_receipt_is_the_png():
-    from serving.double_service import picture
+    from server.double_service import picture
 
     order = PictureOrder(seed=3, request_id="req_1")
     png = picture(order, "v")
@@ -77,7 +77,7 @@ def test_a_png_without_its_receipt_is_the_png():
 
 
 def test_replay_draws_the_same_bytes(trained_run, tmp_path, capsys):
-    from serving.drawing_engine import DrawingEngine
+    from server.drawing_engine import DrawingEngine
 
     order = PictureOrder(seed=5, class_label=2, num_inference_steps=5, request_id="req_2", tenant="a")
     (end,) = DrawingEngine(trained_run).draw(order)
@@ -91,7 +91,7 @@ def test_replay_draws_the_same_bytes(trained_run, tmp_path, capsys):
 
 
 def test_replay_refuses_other_weights(trained_run, tmp_path, capsys):
-    from serving.drawing_engine import DrawingEngine
+    from server.drawing_engine import DrawingEngine
 
     engine = DrawingEngine(trained_run)
     (end,) = engine.draw(PictureOrder(seed=5, class_label=2, num_inference_steps=2))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving.doubles_jobs import LOCAL, ended, new_job, running_jobs, until
+from server.doubles_jobs import LOCAL, ended, new_job, running_jobs, until
 from standardwebhooks.webhooks import Webhook as Verifier
 from standardwebhooks.webhooks import WebhookVerificationError
 

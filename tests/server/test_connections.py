@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from serving.double_service import DoubleService, picture
-from serving.live_server import live_server, wait_until
+from server.double_service import DoubleService, picture
+from server.live_server import live_server, wait_until
 
 from smalti.serving.app import create_app
 from smalti.serving.messages import PictureOrder, Preview

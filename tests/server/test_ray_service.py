@@ -5,7 +5,7 @@ from itertools import cycle
 
 import msgspec
 import pytest
-from serving.loop_thread import LoopThread
+from server.loop_thread import LoopThread
 
 from smalti.errors import UserError
 from smalti.serving.messages import Admitted, Draw, PictureOrder, Preview
