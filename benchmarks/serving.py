@@ -26,12 +26,14 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +53,7 @@ STEPS, GUIDANCE = (4, 10, 20, 30, 50), (1.0, 1.5, 3.0)
 _ROW_FILE = Path(__file__).parent / "results" / "serving.jsonl"
 _SATURATED = 32  # requests that wait
 _IN_EVERY_ROUND = ("saturated", "probe")  # the others in the first
+_DISTURBED = 0.1  # cores that others use
 _MOST_WAITING = 48  # of an open loop: below every server's bound
 _WARM = 0.25  # of a measurement: what comes before is not counted
 _AS_DIFFUSERS = (
@@ -68,20 +71,22 @@ def make_run(folder: Path, steps: int, *changes: str) -> Path:
 
 
 def server_kinds(
-    run: Path, exported: Path, names: Sequence[str], max_rows: int | None, threads: int
+    run: Path, exported: Path, names: Sequence[str], threads: int, peers_keep_memory: bool
 ) -> list[ServerKind]:
     """The servers by name, in order. threads: in all, of each; smalti's workers have one each."""
-    rows = () if max_rows is None else (f"--max-rows={max_rows}",)
-    workers = (f"--workers={threads}", "--threads=1", *rows)
-    kinds = {
-        "one at a time": peer("one at a time", "one-at-a-time", exported, threads=threads),
-        "batched": peer("batched", "batched", exported, threads=threads),
-        "batched, workers": peer("batched, workers", "batched", exported, threads=1, workers=threads),
-        "smalti": smalti_server("smalti", run, *workers),
-        "smalti compiled": smalti_server("smalti compiled", run, *workers, "--compile"),
-        "smalti, one worker": smalti_server("smalti, one worker", run, "--workers=1", f"--threads={threads}", *rows),
-    }
-    return [kinds[name] for name in names]
+    memory = ("--keep-memory",) if peers_keep_memory else ()
+    workers = (f"--workers={threads}", "--threads=1")
+    kinds = [
+        peer("one at a time", "one-at-a-time", exported, f"--threads={threads}", *memory),
+        peer("batched", "batched", exported, f"--threads={threads}", *memory),
+        peer("batched, workers", "batched", exported, *workers, *memory),
+        smalti_server("smalti", run, *workers),
+        smalti_server("smalti compiled", run, *workers, "--compile"),
+        smalti_server("smalti, 32 rows", run, *workers, "--max-rows=32"),
+        smalti_server("smalti, one worker", run, "--workers=1", f"--threads={threads}"),
+    ]
+    by_name = {kind.name: kind for kind in kinds}
+    return [by_name[name] for name in names]
 
 
 # --- what is asked
@@ -160,7 +165,8 @@ class Measured:
     """One load on one server. images_per_second: finished after the warm part. latencies: seconds by steps.
 
     row_calls_per_second: rows of forwards that those pictures took, in whatever forwards. turned_away: share of the
-    requests that the load did not send, since too many waited. server_cores, parent_cores, load_cores: busy cores.
+    requests that the load did not send, since too many waited. server_cores, parent_cores, load_cores, other_cores:
+    busy cores; others are processes that should not be there.
     """
 
     images_per_second: float
@@ -172,6 +178,7 @@ class Measured:
     server_cores: float
     parent_cores: float
     load_cores: float
+    other_cores: float
 
 
 def measure(server: RunningServer, load: LoadKind, seconds: float, call: int) -> Measured:
@@ -184,10 +191,9 @@ def measure(server: RunningServer, load: LoadKind, seconds: float, call: int) ->
         "outstanding": load.outstanding,
         "arrivals": None if load.rate is None else poisson_moments(load.rate, seconds, call),
     }
-    is_smalti = server.kind.is_smalti
-    before = server.cpu_seconds(), server.parent_cpu_seconds(), server.ticks_and_rows() if is_smalti else (0.0, 0.0)
+    before = server.usage()
     report = send_load(server, seconds, [stream], None)
-    after = server.cpu_seconds(), server.parent_cpu_seconds(), server.ticks_and_rows() if is_smalti else (0.0, 0.0)
+    used = server.usage().since(before)
     asked = report["asked"]
     answered = [(one, requests[one["number"] % count]) for one in asked if one["status"] == 200]
     begin, window = _WARM * seconds, (1 - _WARM) * seconds
@@ -196,26 +202,27 @@ def measure(server: RunningServer, load: LoadKind, seconds: float, call: int) ->
     for one, request in answered:
         if begin <= one["due"]:
             latencies.setdefault(request.steps, []).append(one["ended"] - one["due"])
-    ticks, rows = (b - a for a, b in zip(before[2], after[2], strict=True))
     return Measured(
         images_per_second=len(counted) / window,
         row_calls_per_second=sum(r.steps * (1 if r.guidance_scale == 1.0 else 2) for r in counted) / window,
         latencies=latencies,
         turned_away=sum(one["status"] == 0 for one in asked) / max(1, len(asked)),
         failed=sum(one["status"] not in (0, 200) for one in asked),
-        rows_per_tick=rows / ticks if ticks else None,
-        server_cores=(after[0] - before[0]) / report["seconds"],
-        parent_cores=(after[1] - before[1]) / report["seconds"],
-        load_cores=report["share_of_a_core"],
+        rows_per_tick=used.rows / used.ticks if used.ticks else None,
+        server_cores=used.server / used.moment,
+        parent_cores=used.parent / used.moment,
+        load_cores=report["cpu_seconds"] / used.moment,
+        other_cores=(used.machine - used.server - report["cpu_seconds"]) / used.moment,
     )
 
 
 @dataclass(frozen=True)
 class Probed:
-    """Seconds of requests of 4 steps on the idle server and beside long ones; long ones a second meanwhile."""
+    """Seconds of requests of 4 steps on the idle server and beside long ones. other_cores: as Measured's."""
 
     idle: list[float]
     busy: list[float]
+    other_cores: float
 
 
 def probe(server: RunningServer, count: int, seconds: float, call: int) -> Probed:
@@ -225,12 +232,31 @@ def probe(server: RunningServer, count: int, seconds: float, call: int) -> Probe
     probes = {"name": "probe", "bodies": bodies, "outstanding": 1, "pauses": [0.05 + 0.2 * float(x) for x in u]}
     long = {"name": "long", "bodies": [body(1000 + i, 50, 1.5) for i in range(64)], "outstanding": 8}
 
-    def seconds_of(streams: list[dict[str, object]]) -> list[float]:
-        report = send_load(server, seconds, streams, "probe")
-        return [one["ended"] - one["due"] for one in report["asked"] if one["stream"] == "probe"]
-
     warm = 1.0 if seconds > 5 else 0.2
-    return Probed(seconds_of([{**probes, "most": count}]), seconds_of([long, {**probes, "most": count, "begin": warm}]))
+    before = server.usage()
+    reports = [
+        send_load(server, seconds, streams, "probe")
+        for streams in ([{**probes, "most": count}], [long, {**probes, "most": count, "begin": warm}])
+    ]
+    used = server.usage().since(before)
+    idle, busy = (
+        [one["ended"] - one["due"] for one in report["asked"] if one["stream"] == "probe"] for report in reports
+    )
+    others = used.machine - used.server - sum(report["cpu_seconds"] for report in reports)
+    return Probed(idle, busy, others / used.moment)
+
+
+Result = TypeVar("Result", Measured, Probed)
+
+
+def undisturbed(measurement: Callable[[], Result], tries: int) -> Result:
+    """A measurement, made again while other processes take more than a tenth of a core; the least disturbed one."""
+    results = []
+    for _ in range(tries):
+        results.append(measurement())
+        if results[-1].other_cores < _DISTURBED:
+            break
+    return min(results, key=lambda result: result.other_cores)
 
 
 # --- what is said of it
@@ -266,6 +292,7 @@ def summary(rounds: Sequence[Measured]) -> dict[str, Any]:
         "server_cores": median("server_cores", 2),
         "parent_cores": median("parent_cores", 2),
         "load_cores": median("load_cores", 3),
+        "other_cores_rounds": [round(one.other_cores, 2) for one in rounds],
     }
 
 
@@ -290,6 +317,7 @@ def probe_summary(rounds: Sequence[Probed]) -> dict[str, Any]:
         "idle_ms": milliseconds(idle),
         "busy_ms": milliseconds(busy),
         "median_ratio": round(statistics.median(busy) / statistics.median(idle), 2),
+        "other_cores_rounds": [round(one.other_cores, 2) for one in rounds],
     }
 
 
@@ -319,31 +347,34 @@ def main(
     rounds: int = 3,
     seconds: float = 6.0,
     probes: int = 12,
+    tries: int = 2,
     loads: tuple[str, ...] = ("saturated", "probe", "equal", "closed-1", "closed-8", "open-5", "open-15", "open-40"),
     servers: tuple[str, ...] = ("one at a time", "batched", "smalti", "smalti compiled"),
     run: Path | None = None,
-    max_rows: int | None = None,
     note: str = "",
     threads: int = 2,
+    peers_keep_memory: bool = False,
+    minutes: float = 8.0,
     quick: bool = False,
     out: Path = _ROW_FILE,
 ) -> None:
     """Measure, and append a row a load to a file.
 
-    seconds: of each measurement; probes: of each round. loads: "saturated" and "probe" are measured in every round, the
-    others in the first. run: one made earlier by this script, in place of a new one. max_rows: of smalti's
-    forwards, None for its default. note: for the rows. threads: of each server. quick: a small network, one thread and
-    a second a measurement.
+    seconds: of each measurement; probes: of each round. tries: of a measurement that other processes disturb. loads:
+    "saturated" and "probe" are measured in every round, the others in the first. run: one made earlier by this script,
+    in place of a new one. note: for the rows. threads: of each server. peers_keep_memory: as smalti does. quick: a
+    small network, one thread and half a second a measurement.
     """
     if quick:
-        rounds, seconds, probes, loads = 1, 0.6, 2, ("saturated", "open-20", "probe")
+        rounds, seconds, probes, tries, loads = 1, 0.6, 2, 1, ("saturated", "open-20", "probe")
         servers, threads = servers[:3], 1
+    began = time.perf_counter()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the clean-up below
     with tempfile.TemporaryDirectory() as text, ExitStack() as running:
         folder = Path(text)
         run = run or (make_run(folder / "run", 30, *_SMALLEST) if quick else make_run(folder / "run", 60))
         export_run(run, folder / "exported")
-        kinds = server_kinds(run, folder / "exported", servers, max_rows, threads)
+        kinds = server_kinds(run, folder / "exported", servers, threads, peers_keep_memory)
         started = [RunningServer(kind, folder / f"server_{i}") for i, kind in enumerate(kinds)]
         for server in started:
             running.callback(server.stop)
@@ -354,7 +385,7 @@ def main(
             "seconds": seconds,
             "steps": STEPS,
             "guidance": GUIDANCE,
-            "max_rows": max_rows,
+            "peers_keep_memory": peers_keep_memory,
             "start_seconds": warm_up,
             "largest_difference_of_255": largest_difference(started),
             "versions": {name: version(name) for name in ("diffusers", "litserve", "fastapi", "uvicorn")},
@@ -364,11 +395,15 @@ def main(
         for server in started:
             server.pause()
         for number, load, server in turns(rounds, loads, started):
+            if time.perf_counter() - began > 60 * minutes:
+                print(f"{minutes:g} minutes are over in round {number} before {load} of {server.kind.name}", flush=True)
+                break
             server.go_on()
             if load == "probe":
-                probed.setdefault(server.kind.name, []).append(probe(server, probes, 2 * seconds, number))
+                probing = partial(probe, server, probes, 2 * seconds, number)
+                probed.setdefault(server.kind.name, []).append(undisturbed(probing, tries))
             else:
-                one = measure(server, load_kind(load), seconds, number)
+                one = undisturbed(partial(measure, server, load_kind(load), seconds, number), tries)
                 measured.setdefault(load, {}).setdefault(server.kind.name, []).append(one)
                 print(f"round {number}, {load}, {server.kind.name}: {one.images_per_second:.2f} images/s", flush=True)
             server.pause()

@@ -1,7 +1,7 @@
 """What asks the servers of serving.py, in a process of its own: HTTP/1.1 over asyncio's streams and nothing beside.
 
 A Load as JSON comes in on stdin, what became of each request goes out on stdout. Neither torch nor smalti is imported:
-what this process takes from the two cores, the servers lack, and its share of a core is part of the answer.
+what this process takes from the two cores, the servers lack, and its processor time is part of the answer.
 """
 
 import asyncio
@@ -132,11 +132,9 @@ def main() -> None:
     """Send the load on stdin."""
     described: dict[str, Any] = json.load(sys.stdin)
     load = Load(**{**described, "streams": [Stream(**stream) for stream in described["streams"]]})
-    began = time.perf_counter()
     asked = asyncio.run(send(load))
-    usage, seconds = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - began
-    share = (usage.ru_utime + usage.ru_stime) / seconds
-    json.dump({"asked": [asdict(one) for one in asked], "seconds": seconds, "share_of_a_core": share}, sys.stdout)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    json.dump({"asked": [asdict(one) for one in asked], "cpu_seconds": usage.ru_utime + usage.ru_stime}, sys.stdout)
 
 
 if __name__ == "__main__":

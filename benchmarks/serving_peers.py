@@ -31,12 +31,12 @@ class PictureRequest(BaseModel):
     guidance_scale: float
 
 
-def one_at_a_time(folder: Path, threads: int) -> FastAPI:
+def one_at_a_time(folder: Path, threads: int, keep_memory: bool) -> FastAPI:
     """An app whose requests wait for each other."""
     import torch
     from serving_pipeline import draw, load_pipeline
 
-    pipeline = load_pipeline(folder)
+    pipeline = load_pipeline(folder, keep_memory)
     executor = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
     app = FastAPI()
 
@@ -56,16 +56,18 @@ def one_at_a_time(folder: Path, threads: int) -> FastAPI:
 class BatchedPictures(litserve.LitAPI):
     """Whole runs in batches: of what LitServe has gathered, requests of equal steps and guidance share a run."""
 
-    def __init__(self, folder: Path, threads: int, max_batch_size: int, batch_timeout: float) -> None:
+    def __init__(
+        self, folder: Path, threads: int, keep_memory: bool, max_batch_size: int, batch_timeout: float
+    ) -> None:
         super().__init__(max_batch_size=max_batch_size, batch_timeout=batch_timeout)
-        self.folder, self.threads = folder, threads
+        self.folder, self.threads, self.keep_memory = folder, threads, keep_memory
 
     def setup(self, device: str) -> None:
         import torch
         from serving_pipeline import draw, load_pipeline
 
         torch.set_num_threads(self.threads)
-        self.pipeline, self.draw = load_pipeline(self.folder), draw
+        self.pipeline, self.draw = load_pipeline(self.folder, self.keep_memory), draw
 
     def decode_request(self, request: PictureRequest) -> PictureRequest:
         return request
@@ -99,12 +101,13 @@ def main(
     workers: int = 1,
     max_batch_size: int = 16,
     batch_timeout: float = 0.01,
+    keep_memory: bool = False,
 ) -> None:
-    """Serve until ended. workers, max_batch_size, batch_timeout: of "batched"."""
+    """Serve until ended. workers, max_batch_size, batch_timeout: of "batched". keep_memory: as smalti's workers do."""
     if kind == "one-at-a-time":
-        uvicorn.run(one_at_a_time(folder, threads), host="127.0.0.1", port=port, log_level="warning")
+        uvicorn.run(one_at_a_time(folder, threads, keep_memory), host="127.0.0.1", port=port, log_level="warning")
         return
-    api = BatchedPictures(folder, threads, max_batch_size, batch_timeout)
+    api = BatchedPictures(folder, threads, keep_memory, max_batch_size, batch_timeout)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=workers, timeout=False)
     server.run(host="127.0.0.1", port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
 

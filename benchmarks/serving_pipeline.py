@@ -10,6 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from smalti import rng
+from smalti.training.memory import keep_freed_memory
 
 _NULL_LABEL = 1000  # of an exported run, as DiTPipeline has it
 
@@ -44,8 +45,10 @@ class ClassPipeline(diffusers.DiffusionPipeline):
         return self.image_processor.postprocess(latents, output_type="pil")
 
 
-def load_pipeline(folder: Path) -> ClassPipeline:
-    """The pipeline of an exported run."""
+def load_pipeline(folder: Path, keep_memory: bool) -> ClassPipeline:
+    """The pipeline of an exported run. keep_memory: freed memory stays in the process, as in smalti's."""
+    if keep_memory:
+        keep_freed_memory()
     return ClassPipeline(
         diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer").eval(),
         diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),

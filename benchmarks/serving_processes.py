@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import psutil
@@ -34,10 +34,9 @@ class ServerKind:
         return self.path.startswith("/v1/")
 
 
-def peer(name: str, kind: str, exported: Path, **options: object) -> ServerKind:
+def peer(name: str, kind: str, exported: Path, *options: str) -> ServerKind:
     """A diffusers pipeline behind a server of serving_peers.py; kind and options as there."""
-    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    command = (str(_PEERS), kind, str(exported), "{port}", *arguments)
+    command = (str(_PEERS), kind, str(exported), "{port}", *options)
     return ServerKind(name, command, "/predict", "/health")
 
 
@@ -45,6 +44,25 @@ def smalti_server(name: str, run: Path, *options: str) -> ServerKind:
     """`smalti serve RUN` with options; its store of jobs lies in the server's own folder."""
     command = ("-m", "smalti", "serve", str(run), "--port", "{port}", "--store", "{folder}/jobs.sqlite", "--no-ui")
     return ServerKind(name, (*command, *options), "/v1/images/generations", "/readyz")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A moment, and the seconds of processor time used until then: by a server, by its first process, by the machine.
+
+    ticks, rows: forwards of a smalti server, and the rows in them.
+    """
+
+    moment: float
+    server: float
+    parent: float
+    machine: float
+    ticks: float
+    rows: float
+
+    def since(self, before: "Usage") -> "Usage":
+        """What was used between two moments."""
+        return Usage(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
 
 class RunningServer:
@@ -90,19 +108,17 @@ class RunningServer:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return bytes(answer.read())
 
-    def cpu_seconds(self) -> float:
-        """Of processor time that its processes have used."""
+    def usage(self) -> "Usage":
+        """What has been used until now."""
         main = psutil.Process(self._process.pid)
-        times = [process.cpu_times() for process in (main, *main.children(recursive=True))]
-        return sum(t.user + t.system for t in times)
+        processes = [process.cpu_times() for process in (main, *main.children(recursive=True))]
+        seconds = [times.user + times.system for times in processes]
+        ticks, rows = self._ticks_and_rows() if self.kind.is_smalti else (0.0, 0.0)
+        whole = psutil.cpu_times()
+        machine = whole.user + whole.nice + whole.system + whole.irq + whole.softirq
+        return Usage(time.perf_counter(), sum(seconds), seconds[0], machine, ticks, rows)
 
-    def parent_cpu_seconds(self) -> float:
-        """Of processor time that the process that was started has used: in smalti's server the HTTP parent."""
-        times = psutil.Process(self._process.pid).cpu_times()
-        return float(times.user + times.system)
-
-    def ticks_and_rows(self) -> tuple[float, float]:
-        """Forwards so far and the rows in them, of a smalti server."""
+    def _ticks_and_rows(self) -> tuple[float, float]:
         text = self.get("/metrics").decode()
         return _metric(text, "smalti_ticks_total"), _metric(text, "smalti_rows_total")
 

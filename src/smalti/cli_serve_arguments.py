@@ -59,8 +59,9 @@ class Serve:
     """Threads of a worker on a CPU; with more than 1 pictures may share no forward, to stay the same to the bit."""
     compile: bool = False
     """Compile the network: faster after a slow start; pictures then are the same to rounding only."""
-    max_rows: int = 32
-    """Rows of a forward at most; a guided picture takes two."""
+    max_rows: int = 16
+    """Rows of a forward at most; a guided picture takes two. On a GPU more is faster; on a CPU short requests would
+    wait longer for nothing."""
     queue_cost: float = 2e6
     """How much may be accepted and not done: rows x tokens x network calls."""
     store: str = "smalti-jobs.sqlite"

@@ -67,10 +67,7 @@ class _Live:
 
     task: Draw
     picture: Picture
-    key: object
-    arrived: float
-    last_step: float
-    deadline: float | None
+    candidate: Candidate
     resumed_from: int
     first_step: float | None = None
     previews: tuple[int, ...] = ()  # calls after which one is due
@@ -141,15 +138,21 @@ class Engine:
         calls = picture.plan.num_calls
         previews = tuple(math.ceil((i + 1) * calls / (order.partial_images + 1)) for i in range(order.partial_images))
         deadline = None if order.deadline_seconds is None else now + order.deadline_seconds
-        self._live[task.number] = _Live(
-            task,
-            picture,
+        candidate = Candidate(
+            task.number,
+            order.tenant,
             key,
-            now,
-            now,
-            deadline,
-            picture.call,
-            previews=tuple(c for c in previews if c > picture.call),
+            picture.rows,
+            self._step_cost(picture),
+            order.weight,
+            calls,
+            picture.calls_left,
+            arrived=now,
+            last_step=now,
+            deadline=deadline,
+        )
+        self._live[task.number] = _Live(
+            task, picture, candidate, picture.call, previews=tuple(c for c in previews if c > picture.call)
         )
         if all(live.task.order.tenant != order.tenant for n, live in self._live.items() if n != task.number):
             self._fair.arrive(order.tenant)
@@ -177,7 +180,7 @@ class Engine:
         if self._largest_forward:
             settings = replace(settings, max_rows=min(settings.max_rows, self._largest_forward))
         choice = choose(
-            [self._candidate(live) for live in self._live.values()],
+            [live.candidate for live in self._live.values()],
             self._fair,
             settings,
             begun,
@@ -198,31 +201,15 @@ class Engine:
     def _heartbeat(self, rows: int, seconds: float) -> Tick:
         live = self._live.values()
         begun = sum(one.first_step is not None for one in live)
-        left = sum(self._step_cost(one.picture) * one.picture.calls_left for one in live)
+        left = sum(one.candidate.step_cost * one.candidate.calls_left for one in live)
         return Tick(self._ticks, rows, self._padded(rows), seconds, begun, len(self._live) - begun, left)
 
     def _step_cost(self, picture: Picture) -> float:
         return float(picture.rows * self.card.tokens)
 
-    def _candidate(self, live: _Live) -> Candidate:
-        picture, order = live.picture, live.task.order
-        return Candidate(
-            live.number,
-            order.tenant,
-            live.key,
-            picture.rows,
-            self._step_cost(picture),
-            order.weight,
-            picture.plan.num_calls,
-            picture.calls_left,
-            live.arrived,
-            live.last_step,
-            live.deadline,
-        )
-
     def _expire(self, now: float) -> None:
         for live in list(self._live.values()):
-            if live.deadline is not None and now > live.deadline:
+            if live.candidate.deadline is not None and now > live.candidate.deadline:
                 done, calls = live.picture.call, live.picture.plan.num_calls
                 self._fail(live, "deadline_exceeded", f"{done} of {calls} network calls were done by the deadline")
 
@@ -243,9 +230,10 @@ class Engine:
         now = self.clock()
         for live, answer in zip(chosen, answers, strict=True):
             order = live.task.order
-            self._fair.charge(order.tenant, self._step_cost(live.picture), order.weight)
+            self._fair.charge(order.tenant, live.candidate.step_cost, order.weight)
             live.first_step = now if live.first_step is None else live.first_step
-            live.last_step = now
+            live.candidate.last_step = now
+            live.candidate.calls_left -= 1
             try:
                 self._advance(live, answer)
             except Exception as error:  # as above: of this picture alone
@@ -320,10 +308,10 @@ class Engine:
                 width,
                 height,
                 calls,
-                self._step_cost(picture) * calls,
+                live.candidate.step_cost * calls,
                 live.resumed_from,
-                (live.first_step or now) - live.arrived,
-                now - live.arrived,
+                (live.first_step or now) - live.candidate.arrived,
+                now - live.candidate.arrived,
             )
         )
 

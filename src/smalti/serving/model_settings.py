@@ -16,7 +16,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     exact: bool = True
     compile: bool = False
-    max_rows: int = 32
+    max_rows: int = 16
     express_calls: int = 8
     checkpoint_every: int = 5
     aged_seconds: float = 10.0

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Candidate:
-    """A picture that could take part in a tick.
+    """A picture that could take part in a tick; the engine keeps calls_left and last_step up to date.
 
     key: equal for pictures that can share a forward. rows: of a forward that it takes. step_cost: rows x tokens.
     weight: its tenant's share. calls: of its whole plan. arrived, last_step, deadline: moments on the engine's clock;
