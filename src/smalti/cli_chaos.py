@@ -32,13 +32,13 @@ def chaos_command(command: Chaos) -> int:
             raise UserError(f"--soak {command.soak} must be above 0 and --load {command.load} in (0, 1]")
         soak = asyncio.run(run_soak(command.run, command.soak, command.load, command.kill_every, told=_tell_soak))
         _print_soak(soak)
-        _append(command.out, {"soak": dataclasses.asdict(soak) | {"lost": soak.lost, "growth": soak.growth}})
+        _append(command.out, {"soak": as_row(soak) | {"lost": soak.lost, "growth": soak.growth}})
         return 0 if soak.passed else 1
     for name in command.only:
         if name not in scenario_names():
             raise unknown_name("scenario", name, scenario_names())
     accounts = asyncio.run(run_chaos(command.run, command.only or scenario_names(), _tell))
-    _append(command.out, {"chaos": [dataclasses.asdict(a) | {"passed": a.passed} for a in accounts]})
+    _append(command.out, {"chaos": [as_row(a) | {"passed": a.passed} for a in accounts]})
     failed = [a.scenario for a in accounts if not a.passed]
     print(f"{len(accounts) - len(failed)} of {len(accounts)} scenarios held" + (f"; not: {failed}" if failed else ""))
     return 1 if failed else 0
@@ -76,6 +76,12 @@ def _print_soak(account: "SoakAccount") -> None:
     )
     print(f"parent's memory, last quarter against the second: {account.growth:+.1%}; open files {account.open_files}")
     print(f"shared memory left behind: {account.shared_memory or 'none'}")
+
+
+def as_row(account: "Account | SoakAccount") -> dict[str, Any]:
+    """An account as JSON takes it."""
+    fields = {field.name: getattr(account, field.name) for field in dataclasses.fields(account)}
+    return fields | {"ends": dict(account.ends)}
 
 
 def _append(path: Path | None, row: dict[str, Any]) -> None:

@@ -3,11 +3,13 @@
 import asyncio
 import json
 import sys
+from collections import Counter
 
 import pytest
 
 from smalti.cli import main
-from smalti.serving.chaos import run_chaos, scenario_names
+from smalti.cli_chaos import as_row
+from smalti.serving.chaos import Account, run_chaos, scenario_names
 from smalti.serving.messages import PictureOrder
 from smalti.serving.receipts import receipt_of, stamp
 from smalti.serving.rehearsal_server import without_receipt
@@ -64,6 +66,14 @@ def test_a_soaks_account_sees_growth_and_loss():
     assert flat.passed
     grown = SoakAccount(100.0, 1.0, resident=[(t, 1000 + t) for t in range(100)])
     assert grown.growth == pytest.approx((1087 / 1037) - 1, rel=0.01)
+
+
+def test_accounts_are_json():
+    """dataclasses.asdict makes a Counter of a Counter's pairs."""
+    soak = SoakAccount(10.0, 1.0)
+    soak.ends.update(ok=2)
+    assert json.loads(json.dumps(as_row(soak)))["ends"] == {"ok": 2}
+    assert json.loads(json.dumps(as_row(Account("name", ends=Counter(ok=1)))))["ends"] == {"ok": 1}
 
 
 def test_a_png_without_its_receipt_is_the_png():
