@@ -6,10 +6,14 @@ One run with diffusers' settings of DiT-Tiny on 28 x 28 pictures serves them all
 the load from another, over loopback. All servers draw the same pictures (checked to 1 of 255). They are measured in
 turn, round by round, and medians over rounds are reported; latencies are percentiles over all rounds.
 
-    one at a time      FastAPI, requests wait for each other, two torch threads
-    batched            LitServe: whole runs in batches of up to 16 requests, of which equal ones share a run
+    one at a time      FastAPI, requests wait for each other, one torch thread
+    batched            LitServe: whole runs in batches of up to 16 requests, of which equal ones share a run; two
+                       workers of a thread each
     smalti             two workers of a thread each, pictures exact to the bit
     smalti compiled    the same with --compile, equal to rounding
+
+`one at a time, all threads`, `batched, one worker` and `smalti, one worker` use both cores by torch's threads, which at
+this size is slower for each of them; `smalti, 32 rows` has forwards of up to 32 rows in place of 16.
 
 Loads: `saturated` and `closed-N` keep N requests waiting; `open-R` sends R a second at Poisson's moments, whatever
 becomes of them, up to 48 at once; `equal` is `saturated` with requests all alike, the best case of whole-run batches;
@@ -75,15 +79,15 @@ def server_kinds(
 ) -> list[ServerKind]:
     """The servers by name, in order. threads: in all, of each; smalti's workers have one each."""
     memory = ("--keep-memory",) if peers_keep_memory else ()
-    workers = (f"--workers={threads}", "--threads=1")
     kinds = [
-        peer("one at a time", "one-at-a-time", exported, f"--threads={threads}", *memory),
-        peer("batched", "batched", exported, f"--threads={threads}", *memory),
-        peer("batched, workers", "batched", exported, *workers, *memory),
-        smalti_server("smalti", run, *workers),
-        smalti_server("smalti compiled", run, *workers, "--compile"),
-        smalti_server("smalti, 32 rows", run, *workers, "--max-rows=32"),
-        smalti_server("smalti, one worker", run, "--workers=1", f"--threads={threads}"),
+        peer("one at a time", "one-at-a-time", exported, "--threads=1", *memory),
+        peer("one at a time, all threads", "one-at-a-time", exported, f"--threads={threads}", *memory),
+        peer("batched", "batched", exported, f"--workers={threads}", "--threads=1", *memory),
+        peer("batched, one worker", "batched", exported, f"--threads={threads}", *memory),
+        smalti_server("smalti", run, threads, 1),
+        smalti_server("smalti compiled", run, threads, 1, "--compile"),
+        smalti_server("smalti, 32 rows", run, threads, 1, "--max-rows=32"),
+        smalti_server("smalti, one worker", run, 1, threads),
     ]
     by_name = {kind.name: kind for kind in kinds}
     return [by_name[name] for name in names]
@@ -348,7 +352,7 @@ def main(
     seconds: float = 6.0,
     probes: int = 12,
     tries: int = 2,
-    loads: tuple[str, ...] = ("saturated", "probe", "equal", "closed-1", "closed-8", "open-5", "open-15", "open-40"),
+    loads: tuple[str, ...] = ("saturated", "probe", "equal", "open-4", "open-15", "open-60", "closed-1", "closed-8"),
     servers: tuple[str, ...] = ("one at a time", "batched", "smalti", "smalti compiled"),
     run: Path | None = None,
     note: str = "",

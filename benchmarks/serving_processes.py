@@ -21,12 +21,15 @@ _PATIENCE = 600.0  # seconds; a compiled server warms up for minutes
 
 @dataclass(frozen=True)
 class ServerKind:
-    """A server by name. command: what starts it, behind the interpreter. path: what draws. ready: what says so."""
+    """A server by name. command: what starts it, behind the interpreter. path: what draws. ready: what says so, and
+    of how many workers, where it tells.
+    """
 
     name: str
     command: tuple[str, ...]
     path: str
     ready: str
+    workers: int | None = None
 
     @property
     def is_smalti(self) -> bool:
@@ -40,10 +43,14 @@ def peer(name: str, kind: str, exported: Path, *options: str) -> ServerKind:
     return ServerKind(name, command, "/predict", "/health")
 
 
-def smalti_server(name: str, run: Path, *options: str) -> ServerKind:
-    """`smalti serve RUN` with options; its store of jobs lies in the server's own folder."""
+def smalti_server(name: str, run: Path, workers: int, threads: int, *options: str) -> ServerKind:
+    """`smalti serve RUN` with so many workers of so many threads and other options.
+
+    Its store of jobs lies in the server's own folder.
+    """
     command = ("-m", "smalti", "serve", str(run), "--port", "{port}", "--store", "{folder}/jobs.sqlite", "--no-ui")
-    return ServerKind(name, (*command, *options), "/v1/images/generations", "/readyz")
+    processes = (f"--workers={workers}", f"--threads={threads}")
+    return ServerKind(name, (*command, *processes, *options), "/v1/images/generations", "/readyz", workers)
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,17 @@ class RunningServer:
         while time.perf_counter() - self._began < _PATIENCE:
             if self._process.poll() is not None:
                 raise RuntimeError(f"{self.kind.name} ended:\n{self._log.read_text()[-4000:]}")
-            try:
-                self.get(self.kind.ready)
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.1)
-            else:
+            if self._is_ready():
                 return time.perf_counter() - self._began
+            time.sleep(0.1)
         raise RuntimeError(f"{self.kind.name} is not ready after {_PATIENCE:.0f} s:\n{self._log.read_text()[-4000:]}")
+
+    def _is_ready(self) -> bool:
+        try:
+            answer = self.get(self.kind.ready)
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+        return self.kind.workers is None or sum(json.loads(answer)["ready_workers"].values()) == self.kind.workers
 
     def get(self, path: str) -> bytes:
         """What it answers to GET."""
