@@ -8,32 +8,13 @@ from tyro.conf import Positional, arg, subcommand
 
 
 @dataclass(frozen=True)
-class MuPCoordCheck:
-    """Train networks of several widths for a few steps and measure their activations: under muP their size, and how far
-    training moves them, does not depend on the width.
-
-    Example: smalti mup coord-check mnist --widths 64 128 256 512 --steps 10 --out runs/mup-coordinates
-
-    Writes coord-check.json and coord-check.png and prints the slopes of log size against log width. Exits with 1 where
-    muP's are not flat.
-    """
-
+class _WidthStudy:
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")] = "mnist"
     """A recipe whose network is a DiT, an MM-DiT or a U-ViT."""
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    """Widths of the networks."""
-    steps: int = 10
-    """Training steps before the measurement."""
-    learning_rate: float = 2**-8
-    """At the base width; under the standard parametrisation at every width."""
     base_width: int = 64
     """muP's base width, at which both parametrisations are the same."""
     keep_heads: bool = False
     """Let heads grow wider instead of more (the width of a head then changes, and muP scales the logits)."""
-    seeds: int = 3
-    """Networks that each size is the mean of."""
-    out: Path = Path("runs/mup-coordinates")
-    """The folder to write."""
     set: tuple[str, ...] = ()
     """Config fields as field=value, as for `smalti train`. The optimiser is AdamW unless set."""
     threads: int | None = None
@@ -43,7 +24,30 @@ class MuPCoordCheck:
 
 
 @dataclass(frozen=True)
-class MuPTransfer:
+class MuPCoordCheck(_WidthStudy):
+    """Train networks of several widths for a few steps and measure their activations: under muP their size, and how far
+    training moves them, does not depend on the width.
+
+    Example: smalti mup coord-check mnist --widths 64 128 256 512 --steps 10 --out runs/mup-coordinates
+
+    Writes coord-check.json and coord-check.png and prints the slopes of log size against log width. Exits with 1 where
+    muP's are not flat.
+    """
+
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    """Widths of the networks."""
+    steps: int = 10
+    """Training steps before the measurement."""
+    learning_rate: float = 2**-8
+    """At the base width; under the standard parametrisation at every width."""
+    seeds: int = 3
+    """Networks that each size is the mean of."""
+    out: Path = Path("runs/mup-coordinates")
+    """The folder to write."""
+
+
+@dataclass(frozen=True)
+class MuPTransfer(_WidthStudy):
     """Measure loss against learning rate at several widths, under the standard parametrisation and muP: does the best
     rate of the narrow network serve the wide one?
 
@@ -54,30 +58,18 @@ class MuPTransfer:
     transfer.png. The loss is the validation loss at fixed t and noise of the mean of about the last ten steps' weights.
     """
 
-    recipe: Annotated[Positional[str], arg(metavar="RECIPE")] = "mnist"
-    """A recipe whose network is a DiT, an MM-DiT or a U-ViT."""
     widths: tuple[int, ...] = (64, 128, 256)
     """Widths of the networks."""
     learning_rates: tuple[float, ...] = tuple(2.0**-k for k in range(10, 3, -1))
     """Learning rates, at the base width."""
     steps: int = 300
     """Steps of each run, with the recipe's schedule."""
-    base_width: int = 64
-    """muP's base width, at which both parametrisations are the same."""
-    keep_heads: bool = False
-    """Let heads grow wider instead of more (the width of a head then changes, and muP scales the logits)."""
     seeds: int = 1
     """Runs that each loss is the mean of."""
     max_cells: int | None = None
     """Stop after so many runs; the same command goes on."""
     out: Path = Path("runs/mup-transfer")
     """The folder to write."""
-    set: tuple[str, ...] = ()
-    """Config fields as field=value, as for `smalti train`. The optimiser is AdamW unless set."""
-    threads: int | None = None
-    """CPU threads (default: all cores)."""
-    device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, mps."""
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,10 @@ def serve_command(command: Serve) -> int:
         devices=command.devices,
         threads=command.threads,
         compile=command.compile,
-        exact=not command.compile,
         max_rows=command.max_rows,
         allow_faults=command.faults,
     )
-    pool = PoolSettings(workers=command.workers, hang_seconds=command.hang_seconds)
+    pool = PoolSettings(command.workers, balancing=command.balancing, hang_seconds=command.hang_seconds)
     settings = ServeSettings(
         SupervisorSettings(model, pool, command.queue_cost, command.drain_seconds),
         http,

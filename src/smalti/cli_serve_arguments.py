@@ -53,6 +53,8 @@ class Serve:
     """Requests to draw that a key may make, such as 60/minute."""
     workers: int = 1
     """Worker processes of each run: one a device; on a CPU one a core, each with one thread."""
+    balancing: Literal["least_loaded", "round_robin"] = "least_loaded"
+    """Which worker draws a picture next: the one with the least left to do, or each in its turn."""
     devices: tuple[str, ...] = ("cpu",)
     """Devices that the workers take in turn: cpu, or cuda:0 cuda:1 ..."""
     threads: int = 1

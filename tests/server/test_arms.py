@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from server.double_service import card, picture
 from server.doubles_jobs import VersionedDouble, ended, new_job, running_jobs, until
+from server.ticket_ends import end_of, ends_of
 
 from smalti.errors import UserError
 from smalti.serving.arms import Arms, ArmSettings, choose_arm, experiment_id, is_worse, sticky_point
@@ -26,20 +27,13 @@ def order(seed=0, **changes) -> PictureOrder:
     return PictureOrder(**(dict(seed=seed, class_label=1, num_inference_steps=1) | changes))
 
 
-async def end_of(ticket):
-    last = None
-    async for event in ticket.events():
-        last = event
-    return last
-
-
 async def drawn(arms, seeds, model="digits", **changes):
     """The last events of pictures, one request each, 30 at a time."""
     ends = []
     for begin in range(0, len(seeds), 30):
         batch = seeds[begin : begin + 30]
         tickets = [arms.submit(model, [order(seed, request_id=f"r{seed}", **changes)])[0] for seed in batch]
-        ends += await asyncio.gather(*map(end_of, tickets))
+        ends += await ends_of(tickets)
     return ends
 
 
@@ -138,7 +132,7 @@ def test_requests_stick_by_user_then_by_tenant():
             for i in range(10):
                 tickets = arms.submit("digits", [order(seed, request_id=f"x{i}") for seed in range(4)])
                 assert len({ticket.card.key for ticket in tickets}) == 1
-                await asyncio.gather(*map(end_of, tickets))
+                await ends_of(tickets)
             again = Arms(VersionedDouble(A, B))
             again.set_arms("digits", {B.key: 1.0, A.key: 1.0})
             assert state_of(again).id == state_of(arms).id == experiment_id("digits", [A.key, B.key])
@@ -360,7 +354,7 @@ def test_shadows_give_their_place_in_the_queue_to_the_live():
         arms = Arms(service, ArmSettings(shadow_limit=6, shadow_room=0.0))
         arms.set_arms("digits", {A.key: 1.0}, shadow=B.key)
         service.step_seconds = 0.02
-        ends = await asyncio.gather(*(end_of(arms.submit("digits", [order(i)])[0]) for i in range(6)))
+        ends = await ends_of(arms.submit("digits", [order(i)])[0] for i in range(6))
         assert all(isinstance(end, Finished) for end in ends)
         assert sum(ticket.card.key == B.key for ticket in service.live.values()) == 6
         for ticket in list(service.live.values()):
@@ -370,7 +364,7 @@ def test_shadows_give_their_place_in_the_queue_to_the_live():
         assert len(tickets) == 8
         with pytest.raises(QueueFull):
             arms.submit("digits", [order()])
-        assert all(isinstance(end, Finished) for end in await asyncio.gather(*map(end_of, tickets)))
+        assert all(isinstance(end, Finished) for end in await ends_of(tickets))
         await arms.settled()
         assert state_of(arms).shadow.skipped >= 6
 

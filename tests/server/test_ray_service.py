@@ -6,16 +6,17 @@ from itertools import cycle
 import msgspec
 import pytest
 from server.loop_thread import LoopThread
+from server.ticket_ends import end_of, ends_of
 
 from smalti.errors import UserError
-from smalti.serving.messages import Admitted, Draw, PictureOrder, Preview
+from smalti.serving.messages import Admitted, Draw, PictureOrder
 from smalti.serving.model_settings import ModelSettings
 from smalti.serving.queue_bound import QueueBound, expected_cost
 from smalti.serving.ray_app import RaySettings, engine_name
 from smalti.serving.ray_engine import QUEUED_COST, EngineReplica
 from smalti.serving.ray_messages import Beat, FromReplica
 from smalti.serving.ray_service import RayPictureService, RayServiceSettings
-from smalti.serving.service import TERMINAL, NotReady, QueueFull
+from smalti.serving.service import NotReady, QueueFull
 
 ORDERS = [PictureOrder(seed=i, class_label=i, num_inference_steps=120, partial_images=2) for i in range(4)]
 
@@ -73,19 +74,6 @@ class Stream:
 
     def cancel(self):
         self.task.cancel()
-
-
-async def end_of(ticket):
-    events = [event async for event in ticket.events()]
-    assert sum(isinstance(event, TERMINAL) for event in events) == 1
-    assert sum(isinstance(event, Admitted) for event in events) <= 1
-    previews = [event.index for event in events if isinstance(event, Preview)]
-    assert previews == sorted(set(previews))
-    return events[-1]
-
-
-async def ends_of(tickets):
-    return await asyncio.gather(*(end_of(ticket) for ticket in tickets))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import io
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -106,6 +107,17 @@ def test_out_of_memory_halves_later_forwards(trained_run):
     for number, order in enumerate(orders):
         drawing.engine.draw(Draw(number, order, 0))
     assert drawing.engine.tick().rows == 1  # what was last found to suffice
+
+
+def test_memory_that_was_short_is_tried_again_later(trained_run, monkeypatch):
+    monkeypatch.setattr("smalti.serving.engine._MEMORY_STAYS_SHORT", 5)
+    drawing = DrawingEngine(trained_run, allow_faults=True, max_rows=8)
+    orders = [PictureOrder(class_label=1, num_inference_steps=9, guidance_scale=1.0) for _ in range(4)]
+    for number, order in enumerate([*orders, msgspec.structs.replace(orders[0], fault="out_of_memory")]):
+        drawing.engine.draw(Draw(number, order, 0))
+    rows = [drawing.engine.tick().rows for _ in range(12)]
+    # The fault is of the fifth call; the four short ticks end the oldest picture.
+    assert rows == [5] * 5 + [1] * 4 + [3] * 3
 
 
 def test_a_checkpoint_goes_on_where_it_was(drawing):

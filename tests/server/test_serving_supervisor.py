@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from server.loop_thread import LoopThread
+from server.ticket_ends import end_of, ends_of
 
 from smalti.errors import UserError
 from smalti.serving.messages import Admitted, Failed, Finished, PictureOrder, Preview
 from smalti.serving.model_settings import ModelSettings
 from smalti.serving.pool import PoolSettings
-from smalti.serving.service import TERMINAL, NotReady, QueueFull, ShuttingDown
+from smalti.serving.service import NotReady, QueueFull, ShuttingDown
 from smalti.serving.supervisor import Supervisor, SupervisorSettings
 
 
@@ -23,16 +24,6 @@ def settings(**changes):
     pool = {"workers": 2, "hang_seconds": 3.0, "quarantine_after": 1} | changes.pop("pool", {})
     model = ModelSettings(name="", run="", allow_faults=True, checkpoint_every=2, max_rows=8)
     return SupervisorSettings(model, PoolSettings(**pool), **changes)
-
-
-async def end_of(ticket):
-    ends = [event async for event in ticket.events() if isinstance(event, TERMINAL)]
-    assert len(ends) == 1
-    return ends[0]
-
-
-async def ends_of(tickets):
-    return await asyncio.gather(*(end_of(ticket) for ticket in tickets))
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ from smalti.types import Condition, Denoiser, concat_conditions
 _log = logging.getLogger(__name__)
 
 _SMOOTHING = 0.1  # of the mean step time
+_MEMORY_STAYS_SHORT = 200  # ticks after which larger forwards are tried again
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Engine:
     _express_lead: float = 0.0
     _ticks: int = 0
     _largest_forward: int = 0  # rows that memory was found to suffice for; 0: not known to be bounded
+    _bounded_until: int = 0  # the tick from which on it is forgotten
 
     def __post_init__(self) -> None:
         self.network: Denoiser = self.pipeline.unguided()
@@ -106,11 +108,6 @@ class Engine:
     def idle(self) -> bool:
         """Whether there is nothing to draw."""
         return not self._live
-
-    @property
-    def mean_step_seconds(self) -> float:
-        """Of recent ticks."""
-        return self._step_seconds
 
     @torch.inference_mode()
     def draw(self, task: Draw) -> None:
@@ -177,6 +174,8 @@ class Engine:
         begun = self.clock()
         self._expire(begun)
         settings = self.settings.scheduling
+        if self._ticks >= self._bounded_until:  # what else held the memory may be gone
+            self._largest_forward = 0
         if self._largest_forward:
             settings = replace(settings, max_rows=min(settings.max_rows, self._largest_forward))
         choice = choose(
@@ -255,6 +254,7 @@ class Engine:
         half = len(chosen) // 2
         if out_of_memory:
             self._largest_forward = max(1, sum(live.picture.rows for live in chosen[:half]))
+            self._bounded_until = self._ticks + _MEMORY_STAYS_SHORT
         self._step(chosen[:half])
         self._step(chosen[half:])
 

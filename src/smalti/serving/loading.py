@@ -99,14 +99,13 @@ def load_engine(settings: ModelSettings, emit: Callable[[PictureEvent], None], w
         express_calls=settings.express_calls,
         aged_seconds=settings.aged_seconds,
     )
-    exact = settings.exact and not settings.compile
-    if exact:
+    if not settings.compile:
         with_fixed_heights(network)
     engine_settings = replace(
         engine_settings,
         scheduling=scheduling,
         bucket_rows=buckets(settings.max_rows) if settings.compile else (),
-        one_forward_each=exact and not _shares_exactly(pipeline, settings.max_rows),
+        one_forward_each=not settings.compile and not _shares_exactly(pipeline, settings.max_rows),
     )
     faults = Faults() if settings.allow_faults else None
     engine = Engine(pipeline, card, emit, engine_settings, faults=faults)

@@ -6,15 +6,14 @@ import msgspec
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How a worker loads and runs a model. devices: that the workers take in turn. threads: of its own, on a CPU.
 
-    exact: pictures do not depend, to the bit, on what shares their forwards; compile: torch.compile with padded
-    forwards, faster after a slow start, equal to rounding only. max_rows: of a forward. allow_faults: for chaos.
+    compile: torch.compile with padded forwards, faster after a slow start; pictures then depend on what shares their
+    forwards by rounding, and otherwise not at all. max_rows: of a forward. allow_faults: for chaos.
     """
 
     name: str
     run: str
     devices: tuple[str, ...] = ("cpu",)
     threads: int = 1
-    exact: bool = True
     compile: bool = False
     max_rows: int = 16
     express_calls: int = 8

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ class RehearsalServer:
     url: str
     folder: Path
     client: httpx.AsyncClient
-    output: list[str] = field(default_factory=list)
 
     async def draw(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> Answer:
         """Ask for one picture and wait for the answer."""
@@ -152,11 +151,9 @@ async def rehearsal_server(
             stdout=asyncio.subprocess.PIPE, stderr=log,
         )  # fmt: skip
         assert process.stdout is not None
-        said: list[str] = []
         url = None
         while url is None and (line := await process.stdout.readline()):
-            said.append(line.decode())
-            found = re.match(r"serving on (http://[^/]+)/", said[-1])
+            found = re.match(r"serving on (http://[^/]+)/", line.decode())
             url = found[1] if found else None
         if url is None:
             await process.wait()
@@ -164,7 +161,7 @@ async def rehearsal_server(
         reader = asyncio.ensure_future(_drained(process.stdout))  # or it would block when the pipe is full
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         async with httpx.AsyncClient(base_url=url, timeout=300.0, limits=limits, trust_env=False) as client:
-            server = RehearsalServer(process, url, folder, client, said)
+            server = RehearsalServer(process, url, folder, client)
             try:
                 yield server
             finally:

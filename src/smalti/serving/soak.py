@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from smalti.serving.rehearsal_server import Answer, RehearsalServer, rehearsal_server, resident_bytes
+from smalti.serving.rehearsal_server import RehearsalServer, rehearsal_server, resident_bytes
 
 _SAMPLE_SECONDS = 1.0
 
@@ -55,22 +56,22 @@ class SoakAccount:
 
 async def measured_rate(server: RehearsalServer, seconds: float, steps: tuple[int, int]) -> float:
     """Requests a second that the server draws when it always has enough to do."""
-    done = 0
+    drawn = 0
+    choice = random.Random(1)
     end = time.monotonic() + seconds
 
-    async def client(number: int) -> None:
-        nonlocal done
+    async def client() -> None:
+        nonlocal drawn
         while time.monotonic() < end:
-            answer = await server.draw(_body(number, done, steps))
-            done += answer.code == "ok"
+            answer = await server.draw(_body(choice, steps))
+            drawn += answer.code == "ok"
 
     begun = time.monotonic()
-    await asyncio.gather(*(client(i) for i in range(24)))
-    return done / (time.monotonic() - begun)
+    await asyncio.gather(*(client() for _ in range(24)))
+    return drawn / (time.monotonic() - begun)
 
 
-def _body(seed: int, draw: int, steps: tuple[int, int]) -> dict[str, object]:
-    choice = random.Random(seed * 1_000_003 + draw)
+def _body(choice: random.Random, steps: tuple[int, int]) -> dict[str, Any]:
     return {
         "prompt": "",
         "class_label": choice.randrange(10),
@@ -106,11 +107,11 @@ async def run_soak(
             asyncio.ensure_future(_report(account, told)),
         ]
         asking: set[asyncio.Task[None]] = set()
-        arrivals = random.Random(0)
+        choice = random.Random(0)
         while time.monotonic() - begun < seconds:
-            await asyncio.sleep(arrivals.expovariate(rate))
+            await asyncio.sleep(choice.expovariate(rate))
             account.asked += 1
-            task = asyncio.ensure_future(_ask(server, account, steps))
+            task = asyncio.ensure_future(_ask(server, account, _body(choice, steps)))
             asking.add(task)
             task.add_done_callback(asking.discard)
         for task in watching:
@@ -123,8 +124,8 @@ async def run_soak(
     return account
 
 
-async def _ask(server: RehearsalServer, account: SoakAccount, steps: tuple[int, int]) -> None:
-    answer: Answer = await server.draw(_body(1, account.asked, steps))
+async def _ask(server: RehearsalServer, account: SoakAccount, body: dict[str, Any]) -> None:
+    answer = await server.draw(body)
     if answer.status == 429:
         account.refused += 1
     else:

@@ -328,6 +328,19 @@ def _seed_inputs() -> Any:
     return seed
 
 
+def _gallery(label: str) -> "gradio.Gallery":
+    import gradio as gr
+
+    return gr.Gallery(
+        label=label,
+        columns=3,
+        fit_columns=False,
+        format="png",
+        elem_classes="results",
+        buttons=["download", "fullscreen"],
+    )
+
+
 def _draw_tab(blocks: "gradio.Blocks", page: _Page, max_pictures: int) -> None:
     import gradio as gr
 
@@ -345,14 +358,7 @@ def _draw_tab(blocks: "gradio.Blocks", page: _Page, max_pictures: int) -> None:
         with gr.Column(scale=2, min_width=280):
             status = gr.HTML(elem_classes="status")
             strip = gr.HTML()
-            gallery = gr.Gallery(
-                label="Pictures",
-                columns=3,
-                fit_columns=False,
-                format="png",
-                elem_classes="results",
-                buttons=["download", "fullscreen"],
-            )
+            gallery = _gallery("Pictures")
             earlier = gr.State([])
 
     async def draw(*values: Any) -> AsyncGenerator[tuple[Any, ...], None]:
@@ -396,14 +402,7 @@ def _compare_tab(blocks: "gradio.Blocks", page: _Page) -> None:
         stop = gr.Button("Cancel", min_width=100)
     status = gr.HTML(elem_classes="status")
     strip = gr.HTML()
-    gallery = gr.Gallery(
-        label="A, B and their difference",
-        columns=3,
-        fit_columns=False,
-        format="png",
-        elem_classes="results",
-        buttons=["download", "fullscreen"],
-    )
+    gallery = _gallery("A, B and their difference")
 
     async def compare(*values: Any) -> AsyncGenerator[tuple[Any, ...], None]:
         *inputs, first, visit = values

@@ -41,7 +41,7 @@ from smalti.training.forward import (
 )
 from smalti.training.health import mean_interval, verdict
 from smalti.training.metrics import MetricLogs, truncate_log
-from smalti.training.parallel import Ranks, Sharding, check_divisible, joined_ranks, rank_device, replicated
+from smalti.training.parallel import Ranks, Sharding, check_divisible, is_sharded, joined_ranks, rank_device, replicated
 from smalti.training.peak import matmul_peak
 from smalti.training.preparing import prepared_folder
 from smalti.training.preview import preview_picture, save_preview
@@ -141,7 +141,8 @@ def train(
             if ranks.first:
                 logs = MetricLogs(folder, open_writers(config, folder, state.step, display.message))
             training, held_out = ([rows.to(own_device) for rows in part] for part in (data.training, data.held_out))
-            writer = CheckpointWriter(folder.checkpoints, config.loop.keep_checkpoints, ranks, sharding)
+            in_parts = is_sharded(ranks, sharding)
+            writer = CheckpointWriter(folder.checkpoints, config.loop.keep_checkpoints, ranks, in_parts)
             with stop_requests() as stop, logs or nullcontext(), display:
                 run = _Run(
                     config,
@@ -328,7 +329,7 @@ class _Run:
         ratio = None
         if before is not None:
             squares: Sequence[float] = squared_sizes(state, before)
-            if self._sharded:
+            if is_sharded(self.ranks, self.sharding):
                 squares = ranks.sum(squares, f"the update's size at step {step}")
             ratio = update_ratio(*squares)
         return StepReport(loss, norm, rate, ratio, now, stops > 0)
@@ -408,14 +409,10 @@ class _Run:
             "lower learning rate (--set learning_rate=...)"
         )
 
-    @property
-    def _sharded(self) -> bool:
-        return self.sharding == "fsdp" and self.ranks.size > 1
-
     def _validate(self) -> None:
-        self.ranks.doing(f"the validation of step {self.state.step}")
         assert isinstance(self.state.average, Backbone)
         activity = f"the validation of step {self.state.step}"
+        self.ranks.doing(activity)
         parts = []
         for batch in validation_batches(self.config, self.process, self.held_out_rows, self.encode_captions):
             # Batch by batch, so that the other ranks see each as progress.
@@ -439,7 +436,7 @@ class _Run:
 
     def _draw(self) -> None:
         """A grid of samples from the averaged weights. The first rank draws; where weights are sharded all must."""
-        if not (self.ranks.first or self._sharded):
+        if not (self.ranks.first or is_sharded(self.ranks, self.sharding)):
             return
         assert isinstance(self.state.average, Backbone)
         pipeline = Pipeline(self.state.average, self.config, self.encode_prompts, self.decode)

@@ -228,6 +228,11 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def is_sharded(ranks: Ranks, sharding: Sharding) -> bool:
+    """Whether each rank holds a part of the weights alone."""
+    return sharding == "fsdp" and ranks.size > 1
+
+
 def replicated(network: nn.Module, ranks: Ranks, sharding: Sharding) -> nn.Module:
     """What a training step calls in the network's place, so that its gradients are those of the whole batch.
 

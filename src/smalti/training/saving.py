@@ -11,23 +11,23 @@ from torch import Tensor
 
 from smalti.checkpoint import SHARDED, Checkpoint, finish_checkpoint, prune_checkpoints, start_checkpoint, step_name
 from smalti.nn.sharded import whole_tensor
-from smalti.training.parallel import Ranks, Sharding
+from smalti.training.parallel import Ranks
 from smalti.training.state import TrainingState, empty_like_state, restore_state, state_numbers, state_tensors
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time; only the first rank's has a folder to write to.
+    """Writes a run's checkpoints, one at a time; only the first rank's has a folder to write to. sharded: whether the
+    network is spread over the ranks.
 
     begin() returns when the values are copied; a thread writes, hashes, syncs and renames. A write that fails (a full
     disk) leaves the older checkpoints as they are and is told by `complain`; training goes on.
     """
 
-    def __init__(self, folder: Path, keep: int, ranks: Ranks, sharding: Sharding, in_background: bool = True) -> None:
+    def __init__(self, folder: Path, keep: int, ranks: Ranks, sharded: bool) -> None:
         self._folder, self._keep, self._ranks = folder, keep, ranks
-        self._sharded = sharding == "fsdp" and ranks.size > 1
-        self._in_background = in_background
+        self._sharded = sharded
         self._thread: threading.Thread | None = None
         self._failure: OSError | None = None
         self._told = False
@@ -65,9 +65,6 @@ class CheckpointWriter:
             except OSError as error:
                 self._failure = error
 
-        if not self._in_background:
-            write()
-            return
         self._thread = threading.Thread(target=write, name="checkpoint")  # not a daemon: a normal exit waits for it
         self._thread.start()
 

@@ -19,7 +19,7 @@ from smalti.optim.ema import EmaConfig, ExponentialEma, PostHocEma, PowerEma, up
 from smalti.optim.mup import rescale_initial_weights
 from smalti.optim.optimizers import build_optimizers
 from smalti.training.loss_scale import LossScale
-from smalti.training.parallel import Ranks, Sharding, shard
+from smalti.training.parallel import Ranks, Sharding, is_sharded, shard
 
 _KEPT_VALIDATIONS = 4
 
@@ -101,7 +101,7 @@ def new_state(
     model = model.to(device)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     second_average = copy.deepcopy(average) if isinstance(config.ema, PostHocEma) else None
-    if ranks is not None and ranks.size > 1 and sharding == "fsdp":
+    if ranks is not None and is_sharded(ranks, sharding):
         shard(model, ranks, trained=True)
         for kept in (average, second_average):
             if kept is not None:

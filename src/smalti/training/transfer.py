@@ -51,10 +51,10 @@ class Grid:
     seeds: runs that each loss is the mean of.
     """
 
-    widths: tuple[int, ...] = (64, 128, 256)
-    learning_rates: tuple[float, ...] = tuple(2.0**-k for k in range(10, 3, -1))
-    steps: int = 300
-    base_width: int = 64
+    widths: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    steps: int
+    base_width: int
     keep_heads: bool = False
     seeds: int = 1
 
