@@ -112,14 +112,14 @@ def test_what_is_loaded_is_what_was_trained(name, trained, digits):
 
 def test_a_collapse_is_told_while_training_and_at_the_end(digits, tmp_path):
     # In 64 dimensions the first latents lie close together, next to one or two random codes, which then take them all.
-    quantizer = VQ(256, 64, restart_below=0.0)
+    quantizer = VQ(512, 64, restart_below=0.0)
     display = Listening()
-    result = train_tokenizer(small_training(400, quantizer, batch_size=2), *digits, tmp_path / "out", display=display)
+    result = train_tokenizer(small_training(200, quantizer, batch_size=2), *digits, tmp_path / "out", display=display)
     usage = usage_in(result)
     assert usage.collapsed
     told = [message for message in display.messages if "collapsed" in message]
-    assert len(told) == 1  # once, not every 200 steps
-    assert told[0].startswith("step 200: the codebook has collapsed: ")
+    assert len(told) == 1  # once, not every 100 steps
+    assert told[0].startswith("step 100: the codebook has collapsed: ")
     for words in ("--quantizer fsq", "--restart-below 0.03", "a smaller codebook", "more steps"):
         assert words in told[0]
     assert "fsq" not in collapse_advice(usage, FSQ())

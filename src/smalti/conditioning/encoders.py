@@ -5,6 +5,7 @@ sd3     CLIP-L | CLIP-G, projected  [CLIP-L | CLIP-G | 0] (last hidden state but
 flux    CLIP-L, at the end token    T5                                                           none
 t5      -                           T5                                                           hides padding
 llm     -                           a hidden state of a language model, of a chat by default     hides padding
+clip    one CLIP, projected         its last hidden state but one                                none
 
 SD3 and FLUX were trained on T5's padding as it comes, computed and attended to without a mask; PixArt, Z-Image and
 Sana were trained with one. Sources: the diffusers pipelines of each, which tests/oracles compares with.
@@ -112,9 +113,22 @@ class LLMText:
             raise UserError(f"text.hidden_layer={self.hidden_layer} must be below 0: -1 is the last")
 
 
-FrozenTextConfig = SD3Text | FluxText | T5Text | LLMText
+@dataclass(frozen=True)
+class CLIPText:
+    """One CLIP text model with its projection, as aMUSEd takes it."""
+
+    kind: ClassVar[str] = "clip"
+    clip: str = "amused/amused-256/text_encoder"
+    max_tokens: int = 77
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        _check_max_tokens(self.max_tokens)
+
+
+FrozenTextConfig = SD3Text | FluxText | T5Text | LLMText | CLIPText
 TextConfig = TinyTextConfig | FrozenTextConfig
-_SOURCES = ("clip_l", "clip_g", "t5", "llm")
+_SOURCES = ("clip_l", "clip_g", "t5", "llm", "clip")
 
 
 @runtime_checkable
@@ -179,7 +193,9 @@ class _SD3Encoder(_Encoder):
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Condition:
         """text_embeds [captions, 77 + max_tokens, text_width], pooled_embeds [captions, both CLIPs' widths]."""
-        clips = [self._clip(model, captions) for model in self.models[:2]]
+        clips = [
+            _clip_states(model, captions, _clip_tokens(model), self.config.clip_skip) for model in self.models[:2]
+        ]
         clip_tokens = torch.cat([tokens for tokens, _ in clips], dim=-1)
         if self.config.t5:
             t5_tokens = _t5_with_padding(self.models[2], captions, self.config.max_tokens)
@@ -195,11 +211,18 @@ class _SD3Encoder(_Encoder):
             pooled_embeds=torch.cat([pooled for _, pooled in clips], dim=-1),
         )
 
-    def _clip(self, model: TextModel, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The last hidden state but one, without the final norm, and the projected end token."""
-        input_ids = model.tokens(captions, _clip_tokens(model), "max_length").input_ids
-        output = model.model(input_ids, output_hidden_states=True)
-        return output.hidden_states[-2 - self.config.clip_skip].float(), output.text_embeds.float()
+
+class _CLIPEncoder(_Encoder):
+    @property
+    def max_tokens(self) -> int:
+        """The config's, or fewer where the CLIP reads no more."""
+        return min(int(self.config.max_tokens), _clip_tokens(self.models[0]))
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Condition:
+        """text_embeds [captions, max_tokens, width], pooled_embeds [captions, projection's width]."""
+        tokens, pooled = _clip_states(self.models[0], captions, self.max_tokens)
+        return Condition(text_embeds=tokens, pooled_embeds=pooled)
 
 
 class _FluxEncoder(_Encoder):
@@ -264,6 +287,15 @@ def _clip_tokens(clip: TextModel) -> int:
     return int(min(clip.tokenizer.model_max_length, clip.model.config.max_position_embeddings))
 
 
+def _clip_states(
+    clip: TextModel, captions: Sequence[str], max_tokens: int, skip: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The last hidden state but one (and `skip` more), without the final norm, and the projected end token."""
+    input_ids = clip.tokens(captions, max_tokens, "max_length").input_ids
+    output = clip.model(input_ids, output_hidden_states=True)
+    return output.hidden_states[-2 - skip].float(), output.text_embeds.float()
+
+
 def _t5_with_padding(t5: TextModel, captions: Sequence[str], max_tokens: int) -> Tensor:
     """T5's last hidden state with padding up to max_tokens that is attended to."""
     return t5.model(t5.tokens(captions, max_tokens, "max_length").input_ids).last_hidden_state.float()  # type: ignore[no-any-return]
@@ -292,5 +324,7 @@ def build_text_encoder(config: TextConfig, device: torch.device | str = "cpu") -
             if config.chat and model.tokenizer.chat_template is None:
                 raise UserError(f"text.llm={config.llm!r}: its tokenizer has no chat template; set text.chat=false")
             return _LLMEncoder(config, (model,))
+        case CLIPText():
+            return _CLIPEncoder(config, (load("CLIPTextModelWithProjection", "clip"),))
         case TinyTextConfig():
             raise UserError("text=tiny is trained along with the network and is no frozen encoder")

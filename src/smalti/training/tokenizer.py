@@ -27,7 +27,7 @@ from smalti.training.reconstruction import (
     train_to_reconstruct,
 )
 
-_WATCHED = 200  # steps whose tokens are counted before a warning
+_WATCHED = 100  # steps whose tokens are counted before a warning
 _RESTARTS = 0.75  # of the budget in which dead codes are restarted: the averaged codebook lags behind a restart
 
 
