@@ -35,6 +35,7 @@ FLOORS = [
         "cli_progress",
         "cli_data_arguments",
         "cli_ema_arguments",
+        "cli_latents_arguments",
         "cli_mup_arguments",
         "cli_serve_arguments",
     ],

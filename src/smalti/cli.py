@@ -27,7 +27,6 @@ from smalti.cli_arguments import (
     Sample,
     Sampler,
     Train,
-    TrainAutoencoder,
     Tune,
 )
 from smalti.cli_chaos import chaos_command
@@ -36,7 +35,8 @@ from smalti.cli_data_arguments import Data
 from smalti.cli_doctor import doctor_command, replay_nan_command
 from smalti.cli_ema import ema_command
 from smalti.cli_ema_arguments import Ema
-from smalti.cli_latents import train_autoencoder_command
+from smalti.cli_latents import train_autoencoder_command, train_tokenizer_command
+from smalti.cli_latents_arguments import TrainAutoencoder, TrainTokenizer
 from smalti.cli_mup import mup_command
 from smalti.cli_mup_arguments import Mup
 from smalti.cli_options import as_arguments, check_device, chosen_budget, set_threads
@@ -405,6 +405,7 @@ def _completion(command: Completion) -> int:
 _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Train: _train,
     TrainAutoencoder: train_autoencoder_command,
+    TrainTokenizer: train_tokenizer_command,
     Sample: _sample,
     Eval: _eval,
     Explain: _explain,

@@ -1,5 +1,6 @@
 """Which autoencoder or tokenizer a run has, as config, and loading it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,9 +18,11 @@ from smalti.autoencoders.from_diffusers import (
     load_tokens_from_diffusers,
     read_class,
 )
+from smalti.autoencoders.network_folder import CONFIG
 from smalti.autoencoders.pixel_levels import PixelLevels, PixelLevelsTokenizer
 from smalti.autoencoders.protocol import Autoencoder, Tokenizer
-from smalti.autoencoders.small_kl import CONFIG, SmallKLConfig, load_small_kl
+from smalti.autoencoders.small_kl import SmallKLConfig, load_small_kl
+from smalti.autoencoders.small_tokenizer import SmallTokenizerConfig, load_small_tokenizer, read_codebook_size
 from smalti.errors import UserError, unknown_name
 
 
@@ -82,9 +85,11 @@ def load_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu") 
     """
     if isinstance(config, PixelLevels):
         return PixelLevelsTokenizer(config)
+    tokenizer: Tokenizer
     if isinstance(config, LearnedTokenizer):
-        raise UserError(f"autoencoder.path={config.path!r}: no tokenizer is there yet")
-    tokenizer = load_tokens_from_diffusers(config, device)
+        tokenizer = load_small_tokenizer(Path(config.path)).to(device)
+    else:
+        tokenizer = load_tokens_from_diffusers(config, device)
     if tokenizer.codebook_size != config.codebook_size:
         raise UserError(
             f"autoencoder.codebook_size={config.codebook_size}: the tokenizer at {config.path} has "
@@ -117,11 +122,22 @@ def autoencoder_of(path: str, subfolder: str | None = None) -> AutoencoderConfig
         if name == cls.class_name:
             return cls(path, subfolder)
     if name is None and (folder / CONFIG).is_file():
+        if _kind_in(folder) == SmallTokenizerConfig.kind:
+            return LearnedTokenizer(str(folder), read_codebook_size(folder))
         return SmallKLAutoencoder(str(folder))  # its reader says what is wrong, if anything is
     if subfolder is None:
         for inner in ("vae", "vqvae"):
             if (folder / inner).is_dir():
                 return autoencoder_of(path, inner)
     held = f"a {name}" if name else "no config.json"
-    known = ", ".join([*(cls.class_name for cls in _DIFFUSERS), SmallKLConfig.kind])
+    known = ", ".join([*(cls.class_name for cls in _DIFFUSERS), SmallKLConfig.kind, SmallTokenizerConfig.kind])
     raise UserError(f"{folder} holds {held}: an autoencoder is one of {known}")
+
+
+def _kind_in(folder: Path) -> object:
+    """What a folder's config.json says its kind is."""
+    try:
+        body = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    return body.get("kind") if isinstance(body, dict) else None
