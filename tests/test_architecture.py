@@ -23,7 +23,7 @@ FLOORS = [
     ["config"],
     ["checkpoint", "run_folder", "images"],
     ["interop"],
-    ["pipeline_arguments"],
+    ["pipeline_arguments", "pipeline_editing"],
     ["pipeline"],
     ["training"],
     ["evaluation"],

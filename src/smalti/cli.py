@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from smalti.config import SamplingConfig
-    from smalti.pipeline import Editing
+    from smalti.pipeline_editing import Editing
     from smalti.sampling.ems import EMSOrigin
     from smalti.sampling.guided import GuidanceOptions
 
@@ -185,7 +185,7 @@ def _sampling(sampler: Sampler, default: "SamplingConfig") -> dict[str, Any]:
 def _editing(command: Sample, channels: int) -> "Editing | None":
     """The picture to begin from, if one is given."""
     from smalti.images import read_picture
-    from smalti.pipeline import Editing
+    from smalti.pipeline_editing import Editing
 
     if command.image is None:
         if command.mask is not None or command.strength != 1.0:
