@@ -96,9 +96,9 @@ def test_a_collapse_is_told(command, tmp_path):
     )  # fmt: skip
     assert code == 0
     advice = "try --quantizer fsq, which has no codes that can die, --restart-below 0.03, which revives dead codes, "
-    assert re.search(
-        rf"smalti: the codebook has collapsed: \d+ of 1024 codes used \([0-4]%\), .*; {advice}", output
-    ), output
+    assert re.search(rf"smalti: the codebook has collapsed: \d+ of 1024 codes used \([0-4]%\), .*; {advice}", output), (
+        output
+    )
 
 
 def test_mistakes_end_with_one_line_and_code_2(command, pictures, tmp_path):

@@ -59,10 +59,11 @@ def digits():
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
     """Of each quantizer: the result, its folder, what was said."""
+    torch.set_num_threads(1)  # threads that wait for each other are no help to networks as small as these
     folder, made = tmp_path_factory.mktemp("tokenizers"), {}
     for name, quantizer in {"vq": VQ(64), "fsq": FSQ((5, 5, 3))}.items():
         display = Listening()
-        config = small_training(120, quantizer)
+        config = small_training(120, quantizer, batch_size=8)
         made[name] = (train_tokenizer(config, *digits, folder / name, display=display), folder / name, display.messages)
     return made
 
@@ -83,7 +84,9 @@ def test_a_few_seconds_reconstruct_digits_with_most_codes_in_use(name, trained, 
     assert record["psnr_after"] == pytest.approx(result.psnr_after, abs=1e-3)
     assert record["used_codes"] == usage.used
     assert record["perplexity"] == pytest.approx(usage.perplexity, abs=1e-3)
-    assert from_json(TokenizerTraining, record["config"]) == small_training(120, result.model.config.quantizer)
+    assert from_json(TokenizerTraining, record["config"]) == small_training(
+        120, result.model.config.quantizer, batch_size=8
+    )
     with Image.open(out / "reconstructions.png") as picture:
         assert picture.size == (2 * (16 * 30 + 2), 2 * (2 * 30 + 2))
 
@@ -112,6 +115,7 @@ def test_what_is_loaded_is_what_was_trained(name, trained, digits):
 
 def test_a_collapse_is_told_while_training_and_at_the_end(digits, tmp_path):
     # In 64 dimensions the first latents lie close together, next to one or two random codes, which then take them all.
+    torch.set_num_threads(1)
     quantizer = VQ(512, 64, restart_below=0.0)
     display = Listening()
     result = train_tokenizer(small_training(200, quantizer, batch_size=2), *digits, tmp_path / "out", display=display)
@@ -127,13 +131,12 @@ def test_a_collapse_is_told_while_training_and_at_the_end(digits, tmp_path):
 
 
 def test_training_is_a_function_of_its_config(digits, tmp_path):
-    for quantizer in (VQ(16), FSQ((4, 4))):
-        a, b, c = (
-            train_tokenizer(small_training(3, quantizer, seed=s), *digits, tmp_path / f"{s}{n}{quantizer.kind}",
-                            display=Listening()).model.fingerprint
-            for s, n in ((0, "a"), (0, "b"), (1, "c"))
-        )  # fmt: skip
-        assert a == b != c
+    torch.set_num_threads(1)
+    a, b, c = (
+        train_tokenizer(small_training(3, VQ(16), seed=seed), *digits, tmp_path / name, display=Listening())
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert a.model.fingerprint == b.model.fingerprint != c.model.fingerprint
 
 
 def test_damage_and_mistakes_are_found(digits, tmp_path):

@@ -193,9 +193,7 @@ class _SD3Encoder(_Encoder):
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Condition:
         """text_embeds [captions, 77 + max_tokens, text_width], pooled_embeds [captions, both CLIPs' widths]."""
-        clips = [
-            _clip_states(model, captions, _clip_tokens(model), self.config.clip_skip) for model in self.models[:2]
-        ]
+        clips = [_clip_states(model, captions, _clip_tokens(model), self.config.clip_skip) for model in self.models[:2]]
         clip_tokens = torch.cat([tokens for tokens, _ in clips], dim=-1)
         if self.config.t5:
             t5_tokens = _t5_with_padding(self.models[2], captions, self.config.max_tokens)
@@ -287,9 +285,7 @@ def _clip_tokens(clip: TextModel) -> int:
     return int(min(clip.tokenizer.model_max_length, clip.model.config.max_position_embeddings))
 
 
-def _clip_states(
-    clip: TextModel, captions: Sequence[str], max_tokens: int, skip: int = 0
-) -> tuple[Tensor, Tensor]:
+def _clip_states(clip: TextModel, captions: Sequence[str], max_tokens: int, skip: int = 0) -> tuple[Tensor, Tensor]:
     """The last hidden state but one (and `skip` more), without the final norm, and the projected end token."""
     input_ids = clip.tokens(captions, max_tokens, "max_length").input_ids
     output = clip.model(input_ids, output_hidden_states=True)
