@@ -194,7 +194,10 @@ def test_the_scheduler_alone_from_one_generator(masking):
 def test_corners_where_diffusers_differs(ours):
     pictures = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     given = ours.tokenizer.encode(pictures)
-    # strength=1 redraws everything: it is text to image.
+    # strength=1 redraws everything: it is text to image. diffusers' image to image then begins with nothing masked.
+    scheduler = diffusers.AmusedScheduler(mask_token_id=39)
+    scheduler.set_timesteps(12)
+    assert torch.equal(scheduler.add_noise(given, scheduler.timesteps[-1]), given)
     whole = ours.image_to_image(PROMPTS, SEEDS, pictures, 1.0).tokens
     assert torch.equal(whole, ours.text_to_image(PROMPTS, SEEDS).tokens)
     # Nothing that was given is masked again, however many steps are left.
