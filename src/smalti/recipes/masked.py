@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from smalti.autoencoders.pixel_levels import PixelLevels
+from smalti.autoencoders.registry import LearnedTokenizer
 from smalti.config import Budget, RunConfig, SamplingConfig
 from smalti.diffusion.objective import Objective
 from smalti.diffusion.timesteps import UniformTimesteps
@@ -32,4 +33,21 @@ def mnist_masked() -> RunConfig:
         optimizer=MuonConfig(learning_rate=5e-3, adamw_learning_rate=5e-3),
         loop=replace(base.loop, label_dropout=0.1),
         sampling=SamplingConfig(solver=MASKED_SOLVER, num_inference_steps=12, guidance_scale=2.0),
+    )
+
+
+def mnist_tokens() -> RunConfig:
+    """Digits as 7 x 7 masked tokens of a learned codebook; the tokenizer is trained first.
+
+    smalti train-tokenizer digits --size 28 28 --channels 1 --width 32 --minutes 2 --out runs/tokenizer
+    smalti train mnist-tokens --minutes 5
+    """
+    base = mnist_masked()
+    model = base.model
+    assert isinstance(model, DiTConfig)
+    return replace(
+        base,
+        recipe="mnist-tokens",
+        autoencoder=LearnedTokenizer(path="runs/tokenizer", codebook_size=256),
+        model=replace(model, image_size=(7, 7), patch_size=1, in_channels=64),
     )
