@@ -38,7 +38,7 @@ from smalti.config import from_json, to_json
 from smalti.data.order import batch_indices
 from smalti.data.rows import PicturesInMemory
 from smalti.errors import UserError
-from smalti.evaluation.frechet import Estimate, bootstrap
+from smalti.evaluation.intervals import Estimate, bootstrap
 from smalti.types import required_field
 
 _VERSION = 1  # of what is cached: raise it with any change to the networks or their training
