@@ -17,6 +17,7 @@ from smalti.training.display import SilentDisplay
 from smalti.training.loop import train
 
 SAMPLING_BATCH = 100
+SCORED = 200  # pictures that the time of judging is measured with
 CURVE_SHARES = (0.25, 0.5, 0.75)  # of training, where the learning curve is measured besides the end
 _SAMPLING_SHARE = 0.35  # of the budget, at most: pictures and their judging
 _TRAINING_UNTIL = 0.93  # of the budget: what is planned; the rest is for what takes longer than measured
@@ -55,7 +56,7 @@ class StepClock(SilentDisplay):
 
 
 def network_steps(pipe: Any, calls: int) -> int:
-    """The most solver steps that take no more than so many network calls. Raises UserError where even one takes more."""
+    """The most solver steps within so many network calls. Raises UserError where even one takes more."""
     if not hasattr(pipe, "plan"):
         return calls
     for steps in range(calls, 0, -1):
@@ -127,10 +128,11 @@ def curve_samples(samples: int) -> int:
 
 
 def sampling_seconds(spec: ComparisonSpec, speeds: Mapping[str, Speed], scoring: float, samples: int) -> float:
-    """Of drawing and judging all pictures. scoring: of judging one set."""
-    drawn = sum(spec.calls) * samples + len(CURVE_SHARES) * curve_calls(spec) * curve_samples(samples)
-    sets = len(speeds) * (len(spec.calls) + len(CURVE_SHARES))
-    return drawn * sum(speed.call_seconds for speed in speeds.values()) + sets * scoring
+    """Of drawing and judging all pictures. scoring: of judging SCORED of them."""
+    of_curve = len(CURVE_SHARES) * curve_samples(samples)
+    drawn = sum(spec.calls) * samples + curve_calls(spec) * of_curve
+    judged = len(speeds) * (len(spec.calls) * samples + of_curve)
+    return drawn * sum(speed.call_seconds for speed in speeds.values()) + judged * scoring / SCORED
 
 
 def most_samples(
@@ -171,8 +173,8 @@ def plan_training(
         if left <= 0 or plan.expected_steps(name, speed) < _FEWEST_STEPS:
             short = _FEWEST_STEPS * sum(s.step_seconds for s in speeds.values()) * len(speeds) + spent
             raise UserError(
-                f"--minutes {minutes:g} is too short here: {name} would train fewer than {_FEWEST_STEPS} steps; give at "
-                f"least {_minutes(max(2 * minutes, short / (_TRAINING_UNTIL - _SAMPLING_SHARE) / 60))}"
+                f"--minutes {minutes:g} is too short here: {name} would train fewer than {_FEWEST_STEPS} steps; give "
+                f"at least {_minutes(max(2 * minutes, short / (_TRAINING_UNTIL - _SAMPLING_SHARE) / 60))}"
             )
     return plan
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from smalti.evaluation.frechet import Estimate
+from smalti.evaluation.intervals import Estimate
 
 SLACK = 1.05  # a contender is within a budget of seconds also where it takes this much of it: clocks vary
 
@@ -35,7 +35,8 @@ class Metric:
 
 
 ACCURACY = Metric("accuracy", "judge accuracy", True, 100.0, " %")
-FRECHET = Metric("frechet", "Frechet distance", False)
+FRECHET = Metric("fd", "Frechet distance", False)
+KERNEL = Metric("kid", "kernel distance", False, digits=3)
 DECIDING = (ACCURACY, FRECHET)
 
 

@@ -1,4 +1,4 @@
-"""Running a comparison: measure speeds, plan, train, sample, judge. What is done is kept, row by row, and not done again.
+"""Running a comparison: measure speeds, plan, train, sample, judge. What is done is kept and not done again.
 
 OUT/rows.jsonl        what was measured, as it came: the start, speeds, the plan, trainings, scores
 OUT/runs/NAME         each contender's run directory
@@ -25,6 +25,7 @@ from smalti.checkpoint import list_checkpoints
 from smalti.comparison.budget import (
     CURVE_SHARES,
     SAMPLING_BATCH,
+    SCORED,
     Speed,
     TrainingPlan,
     curve_calls,
@@ -41,7 +42,7 @@ from smalti.comparison.scores import DigitsYardstick, digits_yardstick, labels_o
 from smalti.comparison.spec import ComparisonSpec, parameter_count
 from smalti.config import RunConfig, to_json
 from smalti.errors import UserError
-from smalti.evaluation.frechet import Estimate
+from smalti.evaluation.intervals import Estimate
 from smalti.models.registry import forward_flops
 from smalti.pipeline import load
 from smalti.run_folder import RunFolder, append_row, read_rows, write_json
@@ -124,11 +125,16 @@ def _opened(spec: ComparisonSpec, minutes: float, out: Path, overwrite: bool) ->
         if start is None:
             if any(paths(out)[1].glob("*")):
                 raise UserError(f"{out} holds runs but no comparison: give another --out, or --overwrite")
-            journal.add("start", 0.0, spec=spec.to_json(), minutes=minutes, threads=torch.get_num_threads())
-        elif start["spec"] != spec.to_json() or start["minutes"] != minutes:
+            journal.add("start", 0.0, spec=spec.to_json())
+        elif start["spec"] != spec.to_json():
             raise UserError(
-                f"{out} holds another comparison ({start['spec']['name']}, --minutes {start['minutes']:g}): give "
-                "another --out, the same spec and minutes to go on with it, or --overwrite"
+                f"{out} holds another comparison ({start['spec']['name']}): give another --out, its spec to go on with "
+                "it, or --overwrite"
+            )
+        plan = journal.find("plan")
+        if plan is not None and plan["of_minutes"] != minutes:
+            raise UserError(
+                f"{out} was planned for --minutes {plan['of_minutes']:g}: give that to go on with it, or --overwrite"
             )
         yield journal
     finally:
@@ -191,8 +197,8 @@ def _speeds(
     row = journal.find("scoring")
     if row is None:
         began = time.perf_counter()
-        noise = torch.rand(1000, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        judge.figures(noise, labels_of(1000))
+        noise = torch.rand(SCORED, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        judge.figures(noise, labels_of(SCORED))
         scoring = time.perf_counter() - began
         row = journal.add("scoring", spent + scoring, seconds=scoring)
     speeds = {}
@@ -214,7 +220,7 @@ def _plan(
     row = journal.find("plan")
     if row is None:
         plan = plan_training(spec, speeds, scoring, minutes, journal.spent)
-        row = journal.add("plan", 0.0, **asdict(plan))
+        row = journal.add("plan", 0.0, of_minutes=minutes, **asdict(plan))
     return TrainingPlan(row["samples"], row["steps"], row["minutes"])
 
 
@@ -405,8 +411,6 @@ def _gathered(
     scores = [row for row in journal.rows if row["kind"] == "score"]
     curves = [row for row in journal.rows if row["kind"] == "curve"]
     plain = [{k: v for k, v in row.items() if k not in ("kind", "spent")} for row in (*scores, *curves)]
-    start = journal.find("start")
-    assert start is not None
     return {
         "format": FORMAT,
         "spec": spec.to_json(),
@@ -417,7 +421,7 @@ def _gathered(
         "machine": _machine(next(iter(configs.values()))),
         "samples": samples,
         "curve": {"calls": curve_calls(spec), "samples": curve_samples(samples)},
-        "judge": {"held_out_accuracy": judge.held_out_accuracy, "real_frechet": judge.floor(samples)},
+        "judge": {"held_out_accuracy": judge.held_out_accuracy, "real_fd": judge.floor(samples)},
         "contenders": contenders,
         "scores": plain[: len(scores)],
         "curves": plain[len(scores) :],

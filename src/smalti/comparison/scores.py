@@ -1,4 +1,4 @@
-"""What is measured of a contender's pictures: the judge's accuracy and the Frechet distance, with intervals."""
+"""What is measured of a contender's pictures: the judge's accuracy, Frechet and kernel distance, with intervals."""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +8,10 @@ from torch import Tensor
 
 from smalti.data.digits import load_digits
 from smalti.data.rows import to_signed_unit
-from smalti.evaluation.frechet import Estimate, Features, bootstrap, frechet_distance
+from smalti.evaluation.frechet import frechet_distance
+from smalti.evaluation.intervals import Estimate, Features
 from smalti.evaluation.judge import Judge, held_out_accuracy, judge_features, load_judge
+from smalti.evaluation.metrics import metric_named, resample
 
 _NORMAL_QUANTILE = 1.959964  # of 97.5 %
 
@@ -35,12 +37,12 @@ class DigitsYardstick:
     held_out_accuracy: float
 
     def figures(self, pictures: Tensor, labels: Tensor) -> dict[str, Estimate]:
-        """accuracy, frechet of pictures [count, 1, 28, 28] in [-1, 1] that were asked for with labels [count]."""
+        """accuracy, fd and kid of pictures [count, 1, 28, 28] in [-1, 1] that were asked for with labels [count]."""
         features, predicted = judge_features(self.judge, pictures)
         drawn = features.double().numpy()
         return {
             "accuracy": proportion(int((predicted == labels).sum()), len(labels)),
-            "frechet": bootstrap(lambda rows: frechet_distance(drawn[rows], self.real), len(labels)),
+            **{name: metric_named(name).estimate(resample(name, drawn, self.real)) for name in ("fd", "kid")},
         }
 
     def floor(self, count: int) -> float:

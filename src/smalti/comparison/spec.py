@@ -62,7 +62,7 @@ class ComparisonSpec:
     question: str
     contenders: tuple[Contender, ...]
     match: Match = "flops"
-    calls: tuple[int, ...] = (4, 8, 16, 32)
+    calls: tuple[int, ...] = (4, 8, 16)
     num_samples: int = 1000
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class ComparisonSpec:
             raise UserError(f"{where} calls={self.calls} must rise and be at least 1")
         if self.num_samples < FEWEST_SAMPLES:
             raise UserError(
-                f"{where} num_samples={self.num_samples} must be at least {FEWEST_SAMPLES}: the distances need that many"
+                f"{where} num_samples={self.num_samples} must be at least {FEWEST_SAMPLES}: distances need so many"
             )
 
     def configs(self) -> dict[str, RunConfig]:
@@ -97,8 +97,8 @@ class ComparisonSpec:
             if max(counts.values()) > (1 + _SAME_PARAMETERS) * min(counts.values()):
                 told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
                 raise UserError(
-                    f"match=parameters: contenders differ by more than {_SAME_PARAMETERS:.0%} ({told}): change width or "
-                    "depth, or take match=flops"
+                    f"match=parameters: contenders differ by more than {_SAME_PARAMETERS:.0%} ({told}): change width "
+                    "or depth, or take match=flops"
                 )
         return configs
 
