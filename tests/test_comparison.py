@@ -190,7 +190,7 @@ def test_pictures_become_fewer_when_training_took_longer():
 
 def test_speeds_are_measured(tmp_path):
     config = small_spec().configs()["narrow"]
-    speed = measure_speed(config, tmp_path / "probe", 0.2)
+    speed = measure_speed(config, tmp_path / "probe", 4)
     assert 0 < speed.step_seconds < 5
     assert 0 < speed.call_seconds < 0.5
     assert speed.step_flops == training_flops(config)
@@ -234,7 +234,7 @@ def finished(tmp_path_factory):
     """A small comparison, to its end."""
     torch.set_num_threads(2)
     out = tmp_path_factory.mktemp("comparison")
-    spec = small_spec()
+    spec = small_spec(num_samples=400)
     given_plan(spec, out)
     told = []
     run_comparison(
@@ -251,11 +251,11 @@ def test_everything_is_in_one_file(finished):
         (name, calls) for name in ("narrow", "wide") for calls in (2, 3)
     ]
     for row in body["scores"]:
-        assert row["samples"] == 100
+        assert row["samples"] == 400
         assert set(row["figures"]) == {"accuracy", "fd", "kid"}
         assert row["seconds_per_picture"] > 0
-    assert [(row["name"], row["share"], row["step"]) for row in body["curves"]] == [
-        (name, share, step) for name in ("narrow", "wide") for share, step in ((0.25, 4), (0.5, 8), (0.75, 12))
+    assert [(row["name"], row["share"], row["step"], row["samples"]) for row in body["curves"]] == [
+        (name, share, step, 100) for name in ("narrow", "wide") for share, step in ((0.25, 4), (0.5, 8), (0.75, 12))
     ]
     for contender in body["contenders"]:
         assert contender["training"]["steps"] == 16
@@ -275,7 +275,7 @@ def test_pictures_do_not_depend_on_the_contender_s_place(finished):
     pipe = load(out / "runs" / "wide")
     from smalti.comparison.pictures import grid_png
 
-    again = pipe(torch.arange(100) % 10, num_inference_steps=3, batch_size=100).tensor
+    again = pipe(torch.arange(400) % 10, num_inference_steps=3, batch_size=100).tensor
     assert grid_png(again) == grids["wide"] != grids["narrow"]
 
 

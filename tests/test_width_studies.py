@@ -140,7 +140,9 @@ def test_a_study_says_how_far_the_best_rate_moved_and_what_that_costs():
     rates = (0.25, 0.5, 1.0, 2.0)
     narrow = Curve(64, rates, ((5.0,), (3.0,), (2.0,), (3.0,)))
     wide = Curve(256, rates, ((1.5,), (1.0,), (1.5,), (math.nan,)))
-    study = Transfer(Grid((64, 256), rates, steps=1, base_width=64), {"standard": (narrow, wide), "mup": (narrow, narrow)}, 0)
+    study = Transfer(
+        Grid((64, 256), rates, steps=1, base_width=64), {"standard": (narrow, wide), "mup": (narrow, narrow)}, 0
+    )
     assert (study.moved("standard"), study.drift("standard"), study.penalty("standard")) == (-1, -1, 0.5)
     assert (study.moved("mup"), study.drift("mup"), study.penalty("mup")) == (0, 0, 0)
     assert study.to_json(STUDIED)["standard"]["best"] == {"64": 1.0, "256": 0.5}

@@ -19,7 +19,8 @@ from smalti.training.loop import train
 SAMPLING_BATCH = 100
 SCORED = 200  # pictures that the time of judging is measured with
 CURVE_SHARES = (0.25, 0.5, 0.75)  # of training, where the learning curve is measured besides the end
-_SAMPLING_SHARE = 0.35  # of the budget, at most: pictures and their judging
+_SAMPLING_SHARE = 0.35  # of the budget: pictures and their judging
+_MOST_SAMPLING_SHARE = 0.5  # where the fewest pictures take more than that
 _TRAINING_UNTIL = 0.93  # of the budget: what is planned; the rest is for what takes longer than measured
 _SAMPLING_UNTIL = 1.08  # of the budget: when pictures are to be judged at the latest, by the speeds measured
 _FEWEST_STEPS = 5
@@ -65,21 +66,20 @@ def network_steps(pipe: Any, calls: int) -> int:
     raise UserError(f"calls={calls}: one step of {pipe.config.sampling.solver} takes more")
 
 
-def measure_speed(config: RunConfig, folder: Path, seconds: float) -> Speed:
-    """Train for a few seconds in a folder that is removed afterwards, and sample twice."""
+def measure_speed(config: RunConfig, folder: Path, steps: int) -> Speed:
+    """Train for a few steps, at least two, in a folder that is removed afterwards, and sample twice."""
     shutil.rmtree(folder, ignore_errors=True)
     clock = StepClock()
     never = 10**9
     probe = replace(
         config,
-        budget=Budget("minutes", seconds / 60),
+        budget=Budget("steps", float(steps)),
         loop=replace(config.loop, validate_every=never, preview_every=never, checkpoint_every=never),
         sampling=replace(config.sampling, num_inference_steps=2),
     )
     train(probe, folder, display=clock)
-    moments = clock.moments
-    # The first step is slower than the rest; a network of which one takes the whole time is refused by the plan.
-    step = (moments[-1] - moments[0]) / (len(moments) - 1) if len(moments) > 1 else seconds
+    moments = clock.moments  # from the first step's end: it is slower than the rest
+    step = (moments[-1] - moments[0]) / (steps - 1)
     pipe = load(folder)
     calls = 2
     durations = []
@@ -123,8 +123,9 @@ def curve_calls(spec: ComparisonSpec) -> int:
 
 
 def curve_samples(samples: int) -> int:
-    """Pictures at each point of the learning curve."""
-    return max(FEWEST_SAMPLES, samples // 40 * 10)
+    """Pictures at each point of the learning curve; 0 where there would be too few: then there is no curve."""
+    share = samples // 40 * 10
+    return share if share >= FEWEST_SAMPLES else 0
 
 
 def sampling_seconds(spec: ComparisonSpec, speeds: Mapping[str, Speed], scoring: float, samples: int) -> float:
@@ -154,8 +155,10 @@ def plan_training(
     """
     total = 60 * minutes
     samples = most_samples(spec, speeds, scoring, _SAMPLING_SHARE * total, spec.num_samples)
+    if samples is None:  # the fewest may take more of a short budget
+        samples = most_samples(spec, speeds, scoring, _MOST_SAMPLING_SHARE * total, FEWEST_SAMPLES)
     if samples is None:
-        least = sampling_seconds(spec, speeds, scoring, FEWEST_SAMPLES) / _SAMPLING_SHARE / 60
+        least = sampling_seconds(spec, speeds, scoring, FEWEST_SAMPLES) / _MOST_SAMPLING_SHARE / 60
         raise UserError(
             f"--minutes {minutes:g} is too short here: drawing and judging {FEWEST_SAMPLES} pictures at "
             f"{', '.join(map(str, spec.calls))} calls of each contender needs a budget of {_minutes(least)}"
@@ -174,7 +177,7 @@ def plan_training(
             short = _FEWEST_STEPS * sum(s.step_seconds for s in speeds.values()) * len(speeds) + spent
             raise UserError(
                 f"--minutes {minutes:g} is too short here: {name} would train fewer than {_FEWEST_STEPS} steps; give "
-                f"at least {_minutes(max(2 * minutes, short / (_TRAINING_UNTIL - _SAMPLING_SHARE) / 60))}"
+                f"at least {_minutes(max(2 * minutes, short / (_TRAINING_UNTIL - _MOST_SAMPLING_SHARE) / 60))}"
             )
     return plan
 

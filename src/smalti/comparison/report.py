@@ -136,14 +136,16 @@ def _charts(body: Mapping[str, Any]) -> list[dict[str, str]]:
     for metric, log, level in ((FRECHET, True, floor), (ACCURACY, False, None)):
         label = f"{metric.name}, %" if metric.unit == " %" else metric.name
         way = "lower is better" if not metric.higher_is_better else "higher is better"
-        for rows, x_label, x_log, ticks, title in (
+        shown = [
             (_curve(body, metric, lambda row: row["calls"], "scores"), "network calls", True, calls, "network calls"),
             (
                 _curve(body, metric, lambda row: 1000 * row["seconds_per_picture"], "scores"),
                 "milliseconds a picture", True, (), "sampling time",
             ),
-            (_training_curve(body, metric), "seconds of training", False, (), "training time"),
-        ):  # fmt: skip
+        ]  # fmt: skip
+        if body["curves"]:
+            shown.append((_training_curve(body, metric), "seconds of training", False, (), "training time"))
+        for rows, x_label, x_log, ticks, title in shown:
             name = f"{metric.key}-{title.replace(' ', '-')}"
             charts.append({
                 "title": f"{metric.name[0].upper()}{metric.name[1:]} against {title} ({way})",

@@ -54,7 +54,7 @@ from smalti.training.loop import train
 FORMAT = 1
 Progress = Callable[[str, float], None]
 """Told what is being done, and which share of that is done."""
-_PROBE_SHARE = 0.01  # of the budget, to measure each contender's speed
+_PROBE_STEPS = 8  # to measure a contender's speed; three times as many where there is time
 _KEPT = 8  # checkpoints of a run, evenly spread: learning curves and resuming are of them
 
 
@@ -207,8 +207,7 @@ def _speeds(
         found = journal.find("speed", name=name)
         if found is None:
             began = time.perf_counter()
-            seconds = min(6.0, max(0.3, 60 * minutes * _PROBE_SHARE))
-            speed = measure_speed(config, out / "probe", seconds)
+            speed = measure_speed(config, out / "probe", _PROBE_STEPS if minutes < 5 else 3 * _PROBE_STEPS)
             found = journal.add("speed", time.perf_counter() - began, name=name, **asdict(speed))
         speeds[name] = Speed(found["step_seconds"], found["call_seconds"], found["step_flops"])
     return speeds, float(row["seconds"])
@@ -310,11 +309,11 @@ def _score(
             began = time.perf_counter()
             values = _drawn_and_judged(run, None, calls, samples, judge, text, progress, with_grid=True)
             journal.add("score", time.perf_counter() - began, name=name, calls=calls, **values)
-    for share, checkpoint in _curve_checkpoints(run, total).items():
+    count = curve_samples(samples)
+    for share, checkpoint in _curve_checkpoints(run, total).items() if count else ():
         if journal.find("curve", name=name, share=share) is None:
             text = f"sampling {name} after {share:.0%} of its training"
             began = time.perf_counter()
-            count = curve_samples(samples)
             values = _drawn_and_judged(run, checkpoint, curve_calls(spec), count, judge, text, progress)
             step = int(checkpoint.removeprefix("step_"))
             journal.add("curve", time.perf_counter() - began, name=name, share=share, step=step, **values)
