@@ -36,6 +36,20 @@ def trained_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def masked_run(tmp_path_factory):
+    """A run of masked tokens, trained once for all tests."""
+    from training_runs import masked_config
+
+    from smalti.training.display import PlainDisplay
+    from smalti.training.loop import train
+
+    torch.set_num_threads(2)
+    path = tmp_path_factory.mktemp("runs") / "masked"
+    train(masked_config(), path, display=PlainDisplay(1e9))
+    return path
+
+
+@pytest.fixture(scope="session")
 def trained_pipeline(trained_run):
     """The pipeline of the trained run."""
     import smalti

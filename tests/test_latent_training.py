@@ -93,7 +93,7 @@ def test_latents_that_do_not_fit_the_network_are_refused(settings, tmp_path, cap
 
 
 def test_editing_latents_is_refused(run):
-    from smalti.pipeline import Editing
+    from smalti.pipeline_editing import Editing
 
     with pytest.raises(UserError, match="latents"):
         smalti.load(run)(prompts="a red bar", editing=Editing(torch.zeros(3, 32, 32), strength=0.5))

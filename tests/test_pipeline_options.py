@@ -8,7 +8,8 @@ from training_runs import tiny_config
 
 from smalti.errors import UserError
 from smalti.models import build_model
-from smalti.pipeline import Editing, ImageRequest, Pipeline
+from smalti.pipeline import ImageRequest, Pipeline
+from smalti.pipeline_editing import Editing
 from smalti.sampling import GuidanceOptions, solver_names
 
 

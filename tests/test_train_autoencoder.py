@@ -1,6 +1,7 @@
 """A small autoencoder trained on the digits for a few seconds: it reconstructs, and reads back bit for bit."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,28 +9,21 @@ from PIL import Image
 
 from smalti.autoencoders.registry import SmallKLAutoencoder, load_autoencoder
 from smalti.autoencoders.small_kl import SmallKLConfig
-from smalti.config import Budget
+from smalti.config import Budget, from_json
 from smalti.data.digits import load_digits
 from smalti.data.latents import measure_latents, sample_moments
 from smalti.data.rows import PicturesInMemory
 from smalti.errors import UserError
 from smalti.optim.optimizers import AdamWConfig
-from smalti.training.autoencoder import (
-    AutoencoderTraining,
-    kl_divergence,
-    psnr,
-    read_training,
-    reconstruct,
-    reconstruction_loss,
-    train_autoencoder,
-)
+from smalti.training.autoencoder import AutoencoderTraining, kl_divergence, reconstruct, train_autoencoder
 from smalti.training.display import PlainDisplay
+from smalti.training.reconstruction import psnr, reconstruction_loss
 
 
 def small_training(steps, **changes):
     return AutoencoderTraining(
-        SmallKLConfig(1, width=16),
-        Budget("steps", steps),
+        model=SmallKLConfig(1, width=16),
+        budget=Budget("steps", steps),
         optimizer=AdamWConfig(learning_rate=8e-3, beta2=0.99),
         **changes,
     )
@@ -59,7 +53,7 @@ def test_a_few_seconds_reconstruct_digits(trained, digits):
     assert result.psnr_after > 20
     record = json.loads((out / "training.json").read_text())
     assert record["psnr_after"] == pytest.approx(result.psnr_after, abs=1e-3)
-    assert read_training(out) == small_training(150)
+    assert from_json(AutoencoderTraining, record["config"]) == small_training(150)
     with Image.open(out / "reconstructions.png") as picture:
         assert picture.size == (2 * (16 * 30 + 2), 2 * (2 * 30 + 2))
 
@@ -68,9 +62,11 @@ def test_psnr_is_that_of_the_reconstructions(trained, digits):
     result, _ = trained
     pictures = digits[1].read(torch.arange(100))
     error = (reconstruct(result.model, pictures) - pictures).double().square().mean()
-    assert psnr(result.model, digits[1]) == pytest.approx(float(10 * torch.log10(4 / error)), abs=1e-4)
+    assert psnr(partial(reconstruct, result.model), digits[1]) == pytest.approx(
+        float(10 * torch.log10(4 / error)), abs=1e-4
+    )
     # Of the file on the disk: the averaged weights, bit for bit.
-    assert result.psnr_after == pytest.approx(psnr(result.model, digits[1]))
+    assert result.psnr_after == pytest.approx(psnr(partial(reconstruct, result.model), digits[1]))
 
 
 def test_what_is_loaded_is_what_was_trained(trained, digits):
@@ -122,7 +118,7 @@ def test_mistakes_are_said_before_training(digits, tmp_path):
     with pytest.raises(UserError, match=r"model\.in_channels=3: the pictures have 1 channels"):
         quiet(AutoencoderTraining(), digits, tmp_path / "out")
     with pytest.raises(UserError, match=r"model\.factor=8 must divide"):
-        quiet(AutoencoderTraining(SmallKLConfig(1, factor=8)), digits, tmp_path / "out")
+        quiet(AutoencoderTraining(model=SmallKLConfig(1, factor=8)), digits, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()

@@ -28,6 +28,20 @@ def trained_config() -> RunConfig:
     )  # fmt: skip
 
 
+def masked_config() -> RunConfig:
+    """Masked pixels of 16 levels: a DiT of 32 channels and two blocks, 40 steps."""
+    config = apply_overrides(
+        recipe("mnist-masked"),
+        [
+            "model.width=32", "depth=2", "num_heads=2", "model.in_channels=8",
+            "batch_size=16", "log_every=1", "validate_every=20", "checkpoint_every=20", "preview_every=1000",
+            "schedule.warmup_steps=5", "schedule.decay=none", "loop.compile=false", "loop.writers=",
+            "sampling.num_inference_steps=4",
+        ],
+    )  # fmt: skip
+    return replace(config, budget=Budget("steps", 40))
+
+
 def final_bytes(run: Path) -> dict[str, bytes]:
     """What must be equal between two runs: weights, average, optimiser and the metrics log."""
     newest = sorted((run / "checkpoints").glob("step_*"))[-1]

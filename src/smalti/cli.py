@@ -27,7 +27,6 @@ from smalti.cli_arguments import (
     Sample,
     Sampler,
     Train,
-    TrainAutoencoder,
     Tune,
 )
 from smalti.cli_chaos import chaos_command
@@ -38,7 +37,8 @@ from smalti.cli_data_arguments import Data
 from smalti.cli_doctor import doctor_command, replay_nan_command
 from smalti.cli_ema import ema_command
 from smalti.cli_ema_arguments import Ema
-from smalti.cli_latents import train_autoencoder_command
+from smalti.cli_latents import train_autoencoder_command, train_tokenizer_command
+from smalti.cli_latents_arguments import TrainAutoencoder, TrainTokenizer
 from smalti.cli_mup import mup_command
 from smalti.cli_mup_arguments import Mup
 from smalti.cli_options import as_arguments, check_device, chosen_budget, set_threads
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from smalti.config import SamplingConfig
-    from smalti.pipeline import Editing
+    from smalti.pipeline_editing import Editing
     from smalti.sampling.ems import EMSOrigin
     from smalti.sampling.guided import GuidanceOptions
 
@@ -187,7 +187,7 @@ def _sampling(sampler: Sampler, default: "SamplingConfig") -> dict[str, Any]:
 def _editing(command: Sample, channels: int) -> "Editing | None":
     """The picture to begin from, if one is given."""
     from smalti.images import read_picture
-    from smalti.pipeline import Editing
+    from smalti.pipeline_editing import Editing
 
     if command.image is None:
         if command.mask is not None or command.strength != 1.0:
@@ -407,6 +407,7 @@ def _completion(command: Completion) -> int:
 _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Train: _train,
     TrainAutoencoder: train_autoencoder_command,
+    TrainTokenizer: train_tokenizer_command,
     Sample: _sample,
     Eval: _eval,
     Explain: _explain,

@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 from smalti.cli_compare_arguments import Compare
 from smalti.cli_data_arguments import Data
 from smalti.cli_ema_arguments import Ema
+from smalti.cli_latents_arguments import TrainAutoencoder, TrainTokenizer
 from smalti.cli_mup_arguments import Mup
 from smalti.cli_serve_arguments import Chaos, Replay, Serve, Top
 
@@ -51,55 +52,6 @@ class Train:
     several machines: torchrun ... -m smalti train."""
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: all weights in each (ddp), or a part of them in each (fsdp)."""
-
-
-@dataclass(frozen=True)
-class TrainAutoencoder:
-    """Train a small autoencoder on your own pictures, for latent diffusion without a download.
-
-    Example: smalti train-autoencoder emoji --size 64 64 --minutes 10 --out runs/autoencoder
-
-    A convolutional encoder and decoder of a million weights with a small KL term. Prints the PSNR of held-out pictures
-    before and after; reconstructions.png shows them above their reconstructions. Ctrl-C stops and keeps what is there.
-    Then: smalti data cache SOURCE --encoder runs/autoencoder.
-    """
-
-    source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """What `smalti data show` takes."""
-    out: Path = Path("runs/autoencoder")
-    """The folder to write."""
-    size: tuple[int, int] = (64, 64)
-    """Height and width of the pictures. What is trained takes others too."""
-    channels: Literal[1, 3] = 3
-    """1 (grey) or 3 (RGB)."""
-    minutes: float | None = None
-    """Budget: minutes of training (default: 3). Give at most one budget."""
-    steps: int | None = None
-    """Budget: optimiser steps."""
-    epochs: float | None = None
-    """Budget: passes over the pictures."""
-    factor: int = 4
-    """Pixels a latent, along each side: 2, 4, 8 or 16."""
-    latent_channels: int = 4
-    """Channels of a latent."""
-    width: int = 48
-    """Channels at half the pictures' size, a multiple of 8."""
-    batch_size: int = 16
-    """Pictures a step."""
-    learning_rate: float = 2e-3
-    """AdamW's, before its cosine decay."""
-    kl_weight: float = 1e-4
-    """Of the KL term: more makes latents smoother and reconstructions blurrier."""
-    gradient_weight: float = 0.5
-    """Of the term that compares edges."""
-    seed: int = 0
-    """Of weights, noise and the order of pictures."""
-    overwrite: bool = False
-    """Replace the autoencoder in --out."""
-    threads: int | None = None
-    """CPU threads (default: all cores)."""
-    device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, mps."""
 
 
 @dataclass(frozen=True)
@@ -448,6 +400,7 @@ class Completion:
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "train-autoencoder": TrainAutoencoder,
+    "train-tokenizer": TrainTokenizer,
     "sample": Sample,
     "eval": Eval,
     "explain": Explain,

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from smalti.autoencoders.registry import AutoencoderConfig, Pixels
+from smalti.autoencoders.registry import AutoencoderConfig, Pixels, TokenizerConfig
 from smalti.conditioning.captions import CaptionPolicy
 from smalti.conditioning.encoders import TextConfig
 from smalti.conditioning.prompted import check_text_width
 from smalti.conditioning.tiny import TinyTextConfig
 from smalti.data.sources import DataConfig
 from smalti.data.sources.digits import DigitsData
+from smalti.diffusion.masking import Masking, masking_names
 from smalti.diffusion.objective import Objective, check_objective
 from smalti.diffusion.processes import make_process
 from smalti.diffusion.timesteps import LogitNormalTimesteps, TimestepDensity, check_density
@@ -120,9 +121,11 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         from smalti.sampling.grids import spacings
+        from smalti.sampling.masked import MASKED_SOLVER
         from smalti.sampling.solvers import solver_entry
 
-        solver_entry(self.solver)
+        if self.solver != MASKED_SOLVER:
+            solver_entry(self.solver)
         if self.spacing not in spacings():
             raise unknown_name("spacing", self.spacing, spacings())
         if self.num_inference_steps < 1:
@@ -160,6 +163,11 @@ class RunConfig:
         """Classes that the network is told; 0 where it reads text or nothing."""
         return self.model.num_classes if isinstance(self.model, LabelledModelConfig) else 0
 
+    @property
+    def codebook_size(self) -> int | None:
+        """Tokens that the network knows; None where it denoises pictures or latents."""
+        return self.autoencoder.codebook_size if isinstance(self.autoencoder, TokenizerConfig) else None
+
     def __post_init__(self) -> None:
         process = make_process(self.process)  # raises for an unknown name
         check_objective(self.objective, process, getattr(self.model, "learn_sigma", False))
@@ -192,6 +200,37 @@ def check_parts(config: RunConfig) -> None:
     elif isinstance(text, TinyTextConfig):
         check_text_width(model, text.width)
     _check_schedule_free(config)
+    _check_tokens(config)
+
+
+def _check_tokens(config: RunConfig) -> None:
+    """Tokenizer, masking, prediction and decoding go together, and what is about noise has no place beside them."""
+    from smalti.sampling.masked import MASKED_SOLVER
+
+    masking = isinstance(make_process(config.process), Masking)
+    parts = {
+        f"autoencoder={config.autoencoder.kind}": config.codebook_size is not None,
+        f"process={config.process}": masking,
+        f"objective.prediction_type={config.objective.prediction_type}": config.objective.prediction_type == "tokens",
+        f"sampling.solver={config.sampling.solver}": config.sampling.solver == MASKED_SOLVER,
+    }
+    if any(parts.values()) and not all(parts.values()):
+        of_tokens, others = ([name for name, token in parts.items() if token is wanted] for wanted in (True, False))
+        raise UserError(
+            f"{', '.join(of_tokens)} {'is' if len(of_tokens) == 1 else 'are'} of masked tokens and {', '.join(others)} "
+            f"not: they go together, as in the recipe mnist-masked (process: {', '.join(masking_names())})"
+        )
+    if not masking:
+        return
+    if config.objective.weighting != "uniform" or config.objective.vlb_weight:
+        raise UserError("objective.weighting and vlb_weight: masked tokens are all weighted alike; leave the defaults")
+    options = replace(config.sampling.guidance, interval=(0.0, 1.0), schedule="constant")
+    if config.sampling.clip_x0 or options != GuidanceOptions():
+        raise UserError("sampling: clip_x0 and guidance's rescale, apg and pag have no meaning for logits of tokens")
+    if config.parametrisation is not None:
+        raise UserError("parametrisation=mup: its rules do not cover networks of tokens yet; leave it out")
+    if config.buckets is not None:
+        raise UserError("buckets: pictures of several sizes are not tokenized yet; leave it out")
 
 
 def _check_schedule_free(config: RunConfig) -> None:

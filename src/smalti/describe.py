@@ -23,12 +23,12 @@ def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
 
 def _model_tables(config: RunConfig) -> list[Table]:
     with torch.device("meta"):
-        parts = count_parameters(build_model(config.model))
+        parts = count_parameters(build_model(config.model, codebook_size=config.codebook_size))
         if isinstance(config.text, TinyTextConfig):
             parts["text encoder"] = sum(count_parameters(TinyTextEncoder(config.text)).values())
     rows = [(name, f"{count:,}") for name, count in parts.items()] + [("total", f"{sum(parts.values()):,}")]
     text_tokens = 0 if config.text is None else config.text.max_tokens
-    flops = forward_flops(config.model, text_tokens=text_tokens)
+    flops = forward_flops(config.model, None, text_tokens, config.codebook_size)
     cost = [
         ("forward", f"{flops / 1e6:,.1f} MFLOP a picture"),
         ("training step", f"{3 * flops * config.loop.batch_size / 1e9:,.1f} GFLOP at batch {config.loop.batch_size}"),

@@ -13,14 +13,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti import rng
-from smalti.autoencoders.protocol import Autoencoder
-from smalti.autoencoders.registry import load_autoencoder
+from smalti.autoencoders.protocol import Autoencoder, Tokenizer
+from smalti.autoencoders.registry import TokenizerConfig, load_autoencoder, load_tokenizer
 from smalti.conditioning.encoders import build_text_encoder
 from smalti.conditioning.prompted import PromptedNetwork
 from smalti.conditioning.tiny import CaptionTokenizer
-from smalti.config import RunConfig
+from smalti.config import RunConfig, SamplingConfig
 from smalti.data.latents import LatentStatistics
-from smalti.diffusion.denoiser import NetworkDenoiser
+from smalti.diffusion.denoiser import MaskedDenoiser, NetworkDenoiser
+from smalti.diffusion.masking import Masking
 from smalti.diffusion.prediction import usable_at_pure_noise
 from smalti.diffusion.processes import Process, make_process
 from smalti.diffusion.switch import SwitchedDenoiser
@@ -28,15 +29,17 @@ from smalti.errors import UserError
 from smalti.images import to_pil
 from smalti.interop.load import load_backbone
 from smalti.pipeline_arguments import PromptEncoder, checked_seeds, to_move_away_from, wanted_pictures
+from smalti.pipeline_editing import Editing, tokens_at_start
 from smalti.run_folder import RunFolder, read_config
 from smalti.sampling.compiled import CompiledDenoiser, CompiledEstimate, compiled_estimate
 from smalti.sampling.editing import InpaintDenoiser, noised, strength_to_start
 from smalti.sampling.guidance import perturbed_attention
 from smalti.sampling.guided import GuidanceOptions, guide
-from smalti.sampling.plan import Plan, run_plan, run_plans
+from smalti.sampling.masked import MASKED_SOLVER, MaskedPlan, check_masked_options, masked_plan
+from smalti.sampling.plan import AnyPlan, run_plan, run_plans
 from smalti.sampling.solvers import check_option_names, make_plan
 from smalti.sampling.thresholding import ClippedDenoiser
-from smalti.types import Backbone, Condition, Denoiser
+from smalti.types import MASKED, Backbone, Condition, Denoiser
 
 Value = TypeVar("Value")
 Decoder = Callable[[Tensor], Tensor]
@@ -54,7 +57,7 @@ class PipelineOutput:
     seeds: tuple[int, ...]
     class_labels: tuple[int, ...] | None
     prompts: tuple[str, ...] | None
-    plans: tuple[Plan, ...]
+    plans: tuple[AnyPlan, ...]
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -62,7 +65,7 @@ class PipelineOutput:
         return to_pil(self.tensor)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> AnyPlan:
         """The plan of the first picture, which is that of all unless the batch was mixed."""
         return self.plans[0]
 
@@ -86,30 +89,12 @@ class ImageRequest:
 
 
 @dataclass(frozen=True)
-class Editing:
-    """A picture to begin from. image: [channels, height, width] or one a picture [batch, ...], in [-1, 1].
-
-    strength in (0, 1]: how far it is noised before it is drawn anew. At 1 nothing of it is in the start, which is noise
-    as of any picture: there a mask is needed, without which the image would have no effect. mask: 1 where to paint, 0
-    where to keep, of the image's height and width ([height, width], or with leading axes that broadcast against
-    [batch, channels]). Raises UserError for a strength of 1 without a mask.
-    """
-
-    image: Tensor
-    strength: float = 1.0
-    mask: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.mask is None and self.strength == 1.0:
-            raise UserError(f"strength={self.strength} leaves nothing of the image: give one below 1, or a mask")
-
-
-@dataclass(frozen=True)
 class Pipeline:
     """A trained network with its process and sampling defaults. Calls share nothing that changes.
 
     encode_prompts: for a network that reads text. decode: for one that denoises latents. sampled_process: the process
-    to sample on, where it is not the one trained on (see diffusion.switch).
+    to sample on, where it is not the one trained on (see diffusion.switch). tokenizer: of a masked model, whose
+    estimates are logits and whose plans are sampling.masked's.
     """
 
     backbone: Backbone
@@ -118,6 +103,7 @@ class Pipeline:
     decode: Decoder | None = None
     compile: bool = False
     sampled_process: str | None = None
+    tokenizer: Tokenizer | None = None
 
     def compiled(self) -> "Pipeline":
         """The same pipeline with its estimates (network, prediction, guidance) under torch.compile: the first call of
@@ -126,7 +112,8 @@ class Pipeline:
 
     def on_process(self, name: str) -> "Pipeline":
         """The same network sampled on another process, by matching log-SNR. Raises UserError for an unknown name."""
-        make_process(name)
+        if self.tokenizer is not None or isinstance(make_process(name), Masking):
+            raise UserError(f"process={name!r}: masked models and others cannot be sampled on each other's processes")
         return replace(self, sampled_process=name)
 
     @cached_property
@@ -140,12 +127,17 @@ class Pipeline:
         solver: str | None = None,
         spacing: str | None = None,
         **solver_options: Any,
-    ) -> Plan:
+    ) -> AnyPlan:
         """The plan that a call with these arguments runs; None takes the run's default.
 
-        solver_options: t_start, t_end, shift, times (the grid itself) and the solver's own, see sampling.make_plan.
+        solver_options: t_start, t_end, shift, times (the grid itself) and the solver's own, see sampling.make_plan;
+        of a masked model those of sampling.masked_plan.
         """
         defaults = self.config.sampling
+        if isinstance(self.process, Masking):
+            return _masked_plan(self.process, defaults, num_inference_steps, solver, spacing, solver_options)
+        if solver == MASKED_SOLVER:
+            raise UserError(f"solver={solver!r} decodes tokens: this network denoises; take {defaults.solver!r}")
         check_option_names(solver or defaults.solver, solver_options)
         own_solver = solver is None or solver == defaults.solver
         gridded = solver_options.get("times") is not None
@@ -162,6 +154,12 @@ class Pipeline:
         if alpha_start == 0.0 and self.sampled_process is None and not usable_at_pure_noise(prediction):
             raise UserError(f"t_start={plan.times[0]} is pure noise, where a network of {prediction!r} knows no x0")
         return plan
+
+    def _check_option_names(self, solver: str | None, options: Mapping[str, Any]) -> None:
+        if isinstance(self.process, Masking):
+            check_masked_options(options)
+        else:
+            check_option_names(solver or self.config.sampling.solver, options)
 
     def denoiser(
         self,
@@ -183,6 +181,8 @@ class Pipeline:
 
     def unguided(self) -> Denoiser:
         """The x0 estimator of network and process alone."""
+        if self.tokenizer is not None:
+            return MaskedDenoiser(self.backbone, self.process)
         return self._on_sampled_process(self._network_denoiser())
 
     def guided(
@@ -261,9 +261,9 @@ class Pipeline:
         negative = to_move_away_from(negative_class_labels, negative_prompt, count, num_classes, encode)
         scale = self.scale_or_default(guidance_scale, wanted.cond is not None)
         if editing is not None:
-            if self.decode is not None:
+            if self.decode is not None:  # a tokenizer can, see at_start
                 raise UserError("editing: this network denoises latents, of which pictures cannot be edited yet")
-            _check_editing(editing, count)
+            editing.check(count)
         if editing is not None and editing.strength != 1.0:
             if solver_options.get("t_start") is not None:
                 raise UserError(
@@ -279,9 +279,8 @@ class Pipeline:
             noise = self.start_noise(row_seeds, image_size)
             cond = self._rows_of(wanted.cond, rows)
             denoiser = self.denoiser(len(row_seeds), scale, guidance, self._rows_of(negative, rows))
-            x = self.at_start(plan, noise, editing, rows)
-            if editing is not None and editing.mask is not None:
-                denoiser = self.inpainting(denoiser, editing, rows, noise)
+            x = self.at_start(plan, noise, editing, rows, row_seeds)
+            denoiser = self.inpainting(denoiser, editing, rows, noise)
             parts.append(self.pictures(run_plan(plan, denoiser, x, cond, row_seeds)))
             if progress is not None:
                 progress(rows.stop, count)
@@ -316,12 +315,17 @@ class Pipeline:
         for r in requests:
             key = _plan_key(r)
             if key not in by_settings:
-                check_option_names(r.solver or self.config.sampling.solver, r.solver_options)
+                self._check_option_names(r.solver, r.solver_options)
                 by_settings[key] = self.plan(r.num_inference_steps, r.solver, r.spacing, **r.solver_options)
             plans.append(by_settings[key])
         all_seeds = torch.tensor(seeds, device=self.device)
         noise = self.start_noise(all_seeds)
-        x = torch.cat([self.at_start(plan, noise[i : i + 1], None, slice(i, i + 1)) for i, plan in enumerate(plans)])
+        x = torch.cat(
+            [
+                self.at_start(plan, noise[i : i + 1], None, slice(i, i + 1), all_seeds[i : i + 1])
+                for i, plan in enumerate(plans)
+            ]
+        )
         guided = bool((scales != 1).any())
 
         def denoiser_for(rows: Tensor) -> Denoiser:
@@ -357,42 +361,42 @@ class Pipeline:
 
     def pictures(self, x: Tensor) -> Tensor:
         """What a network denoises, [batch, ...], as pictures in [-1, 1]."""
+        if self.tokenizer is not None:
+            return self.tokenizer.decode(x).clamp(-1, 1)
         return (x if self.decode is None else self.decode(x)).clamp(-1, 1)
 
     def start_noise(self, seeds: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
-        """Noise of variance 1 for each of seeds [batch], of the shape that the network denoises."""
+        """Noise of variance 1 for each of seeds [batch], of the shape that the network denoises; tokens all masked."""
         model = self.config.model
+        if self.tokenizer is not None:
+            return torch.full((len(seeds), *(image_size or model.image_size)), MASKED, device=self.device)
         shape = (model.in_channels, *(image_size or model.image_size))
         return rng.normal(shape, seed=seeds, purpose="sampling/start", device=self.device)
 
-    def at_start(self, plan: Plan, noise: Tensor, editing: Editing | None, rows: slice) -> Tensor:
-        """alpha x0 + sigma noise at the plan's first time; without a picture x0 is 0, the mean of what may come."""
+    def at_start(self, plan: AnyPlan, noise: Tensor, editing: Editing | None, rows: slice, seeds: Tensor) -> Tensor:
+        """Where a plan begins, from start_noise() of seeds [batch] and, where there is one, the rows of an editing.
+
+        alpha x0 + sigma noise at the plan's first time; without a picture x0 is 0, the mean of what may come. Of tokens
+        see editing_start.tokens_at_start.
+        """
+        if isinstance(plan, MaskedPlan):
+            assert self.tokenizer is not None
+            if editing is None:
+                return noise
+            return tokens_at_start(plan, self.tokenizer, self.config.model.image_size, editing, rows, seeds)
         t = float(plan.times[0])
         if editing is None or editing.strength == 1.0:
             return float(self.process.sigma(torch.tensor(t, dtype=torch.float64))) * noise
-        return noised(self.process, self._known(editing, rows, noise), t, noise)
+        return noised(self.process, editing.images(rows, noise), t, noise)
 
-    def _known(self, editing: Editing, rows: slice, noise: Tensor) -> Tensor:
-        image = editing.image.to(noise)
-        if image.ndim == 3:
-            image = image[None]
-        elif len(image) > 1:
-            image = image[rows]
-        if image.shape[1:] != noise.shape[1:]:
-            raise UserError(
-                f"editing.image has shape {tuple(editing.image.shape)}, needed is {tuple(noise.shape[1:])} "
-                "or one such a picture"
-            )
-        return image.expand_as(noise)
+    def inpainting(self, denoiser: Denoiser, editing: Editing | None, rows: slice, noise: Tensor) -> Denoiser:
+        """The denoiser, keeping what an editing's mask keeps, if it has one. rows: of a batch; noise: of their start.
 
-    def inpainting(self, denoiser: Denoiser, editing: Editing, rows: slice, noise: Tensor) -> Denoiser:
-        """The denoiser, keeping what editing.mask keeps. rows: of a batch; noise: that of their start."""
-        assert editing.mask is not None
-        mask = editing.mask.to(noise)
-        if mask.ndim == 4 and len(mask) > 1:
-            mask = mask[rows]
-        mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
-        return InpaintDenoiser(denoiser, self.process, self._known(editing, rows, noise), mask, noise)
+        A masked model keeps tokens by itself: they are never hidden.
+        """
+        if editing is None or editing.mask is None or self.tokenizer is not None:
+            return denoiser
+        return InpaintDenoiser(denoiser, self.process, editing.images(rows, noise), editing.masks(rows, noise), noise)
 
     def scale_or_default(self, guidance_scale: float | None, conditional: bool) -> float:
         """The guidance scale asked for, or the run's; 1 without a condition."""
@@ -401,26 +405,29 @@ class Pipeline:
         return float(guidance_scale)
 
 
+def _masked_plan(
+    process: Masking,
+    defaults: SamplingConfig,
+    num_inference_steps: int | None,
+    solver: str | None,
+    spacing: str | None,
+    options: Mapping[str, Any],
+) -> MaskedPlan:
+    if solver not in (None, MASKED_SOLVER):
+        raise UserError(f"solver={solver!r} is for noise: this network predicts masked tokens, its solver is 'masked'")
+    if spacing not in (None, defaults.spacing):
+        raise UserError(f"spacing={spacing!r} has no effect on masked tokens: leave it out")
+    check_masked_options(options)
+    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+    return masked_plan(process, steps, **{name: value for name, value in options.items() if value is not None})
+
+
 def _all_or_none(name: str, given: Sequence[Value | None]) -> list[Value] | None:
     """What requests set where all do, None where none does. Raises UserError where only some do."""
     present = [value for value in given if value is not None]
     if present and len(present) != len(given):
         raise UserError(f"{name} is set in some requests and missing in others")
     return present or None
-
-
-def _check_editing(editing: Editing, count: int) -> None:
-    """Raise UserError for an image or a mask that is not of count pictures (or one for all), and for NaN in the image.
-
-    What a picture's shape must be is checked where the noise is drawn, which has it.
-    """
-    for name, value in (("editing.image", editing.image), ("editing.mask", editing.mask)):
-        if value is not None and value.ndim == 4 and len(value) not in (1, count):
-            raise UserError(f"{name} has shape {tuple(value.shape)} for {count} pictures: give one, or one a picture")
-    if editing.image.ndim not in (3, 4):
-        raise UserError(f"editing.image has shape {tuple(editing.image.shape)}: needed is [channels, height, width]")
-    if not bool(torch.isfinite(editing.image).all()):
-        raise UserError("editing.image has entries that are NaN or infinite: needed are finite numbers")
 
 
 def _plan_key(request: ImageRequest) -> tuple[Any, ...]:
@@ -436,9 +443,12 @@ def load(path: str | Path, *, checkpoint: str | None = None, ema: bool = True, d
     assert isinstance(backbone, Backbone)
     config = read_config(Path(path))
     folder = RunFolder(Path(path))
+    prompts = prompt_encoder(config, backbone, folder)
+    if isinstance(config.autoencoder, TokenizerConfig):
+        return Pipeline(backbone, config, prompts, tokenizer=load_tokenizer(config.autoencoder, device))
     autoencoder = load_autoencoder(config.autoencoder, device)
     decode = None if autoencoder is None else latent_decoder(autoencoder, read_statistics(folder.latents))
-    return Pipeline(backbone, config, prompt_encoder(config, backbone, folder), decode)
+    return Pipeline(backbone, config, prompts, decode)
 
 
 def read_statistics(path: Path) -> LatentStatistics:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from smalti.errors import UserError
 
+MASKED = -1  # a hidden token in a grid of indices
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -6,8 +6,14 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 
-from smalti.autoencoders.from_diffusers import DCAutoencoder, KLAutoencoder, TinyAutoencoder, VQAutoencoder
-from smalti.autoencoders.registry import Pixels, autoencoder_of, load_autoencoder
+from smalti.autoencoders.from_diffusers import (
+    DCAutoencoder,
+    KLAutoencoder,
+    TinyAutoencoder,
+    VQAutoencoder,
+    VQTokens,
+)
+from smalti.autoencoders.registry import Pixels, autoencoder_of, load_autoencoder, load_tokenizer
 from smalti.data.latents import LatentStatistics, sample_moments
 from smalti.errors import UserError
 
@@ -87,6 +93,28 @@ def test_encodes_and_decodes_as_diffusers(name, saved):
         ours.encode_moments(torch.zeros(1, 3, 16, 16 + 1))
     with pytest.raises(UserError, match="takes 3"):
         ours.encode_moments(torch.zeros(1, 1, 16, 16))
+
+
+@pytest.mark.parametrize("unit_range", [True, False])
+@torch.inference_mode()
+def test_vq_tokens_are_diffusers_indices(unit_range, tmp_path):
+    network = diffusers.VQModel(**TWO_LEVELS, latent_channels=3, num_vq_embeddings=16, lookup_from_codebook=True).eval()
+    network.quantize.embedding.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    network.save_pretrained(tmp_path)
+    ours = load_tokenizer(VQTokens(str(tmp_path), None, 16, unit_range))
+    assert (ours.factor, ours.codebook_size, ours.in_channels) == (2, 16, 3)
+    pictures = torch.rand(2, 3, 16, 24) * 2 - 1
+    latents = network.encode((pictures + 1) / 2 if unit_range else pictures).latents
+    tokens = ours.encode(pictures)
+    assert torch.equal(tokens, network.quantize(latents)[2][2].reshape(2, 8, 12))
+    assert len(tokens.unique()) > 1
+    expected = network.decode(tokens, force_not_quantize=True, shape=(2, 8, 12, 3)).sample
+    assert torch.equal(ours.decode(tokens), 2 * expected - 1 if unit_range else expected)
+    with pytest.raises(UserError, match=r"autoencoder\.codebook_size=8192: the tokenizer at .* has 16; set it to that"):
+        load_tokenizer(VQTokens(str(tmp_path), None))
+    other = load_tokenizer(VQTokens(str(tmp_path), None, 16, not unit_range))
+    assert other.fingerprint != ours.fingerprint
+    assert autoencoder_of(str(tmp_path)) == VQAutoencoder(str(tmp_path), subfolder=None)  # as latents
 
 
 @torch.inference_mode()

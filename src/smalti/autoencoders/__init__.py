@@ -1,1 +1,1 @@
-"""Pixels to latents and back: diffusers' autoencoders by name or folder, and a small one of our own."""
+"""Pixels to latents or tokens and back: diffusers' autoencoders by name or folder, and small ones of our own."""

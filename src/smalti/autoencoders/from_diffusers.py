@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from smalti.autoencoders.protocol import check_pictures
+from smalti.autoencoders.protocol import check_pictures, check_tokens
 from smalti.data.fingerprint import fingerprint
 from smalti.errors import UserError
 
@@ -52,6 +52,21 @@ class VQAutoencoder:
     class_name: ClassVar[str] = "VQModel"
     path: str = "amused/amused-256"
     subfolder: str | None = "vqvae"
+
+
+@dataclass(frozen=True)
+class VQTokens:
+    """VQModel as a tokenizer. codebook_size: its num_vq_embeddings.
+
+    unit_range: its pictures lie in [0, 1], as aMUSEd's do; False: in [-1, 1], as those of latent diffusion do. Its
+    config.json does not say which.
+    """
+
+    kind: ClassVar[str] = "vq_tokens"
+    path: str = "amused/amused-256"
+    subfolder: str | None = "vqvae"
+    codebook_size: int = 8192
+    unit_range: bool = True
 
 
 DiffusersConfig = KLAutoencoder | DCAutoencoder | TinyAutoencoder | VQAutoencoder
@@ -113,6 +128,65 @@ class DiffusersAutoencoder:
         """Latents as encoded to pictures, in [-1, 1] but not clamped; VQModel quantises the latents first."""
         pictures: Tensor = self.network.decode(latents).sample  # type: ignore[operator]
         return pictures
+
+
+@dataclass(frozen=True)
+class DiffusersTokenizer:
+    """A VQModel behind our Tokenizer protocol (protocol.py). unit_range: as VQTokens has it."""
+
+    autoencoder: DiffusersAutoencoder
+    unit_range: bool
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of a picture."""
+        return self.autoencoder.in_channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels a token, along each side."""
+        return self.autoencoder.factor
+
+    @property
+    def codebook_size(self) -> int:
+        """Rows of the codebook."""
+        return int(self._network.config.num_vq_embeddings)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, and of the pictures' range."""
+        return fingerprint(f"VQModel unit_range={self.unit_range}", self._network.state_dict())
+
+    @property
+    def _network(self) -> Any:
+        return self.autoencoder.network
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures in [-1, 1] to the indices of the codebook's rows that are nearest to their latents."""
+        latents = self.autoencoder.encode_moments((pictures + 1) / 2 if self.unit_range else pictures)
+        _, _, (_, _, indices) = self._network.quantize(latents)
+        tokens: Tensor = indices.view(len(latents), *latents.shape[-2:])
+        return tokens
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Indices of the codebook to pictures, in [-1, 1] but not clamped."""
+        check_tokens(tokens, self.codebook_size)
+        network = self._network
+        # The network's decode() would look indices up only where its config says lookup_from_codebook.
+        rows = network.quantize.get_codebook_entry(tokens, (*tokens.shape, self.autoencoder.latent_channels))
+        pictures: Tensor = network.decoder(
+            network.post_quant_conv(rows), rows if network.config.norm_type == "spatial" else None
+        )
+        return pictures * 2 - 1 if self.unit_range else pictures
+
+
+def load_tokens_from_diffusers(config: VQTokens, device: torch.device | str = "cpu") -> DiffusersTokenizer:
+    """A VQModel as a tokenizer. Errors as load_from_diffusers'."""
+    return DiffusersTokenizer(
+        load_from_diffusers(VQAutoencoder(config.path, config.subfolder), device), config.unit_range
+    )
 
 
 def load_from_diffusers(config: DiffusersConfig, device: torch.device | str = "cpu") -> DiffusersAutoencoder:

@@ -78,12 +78,14 @@ def with_text_width(model: ModelConfig, width: int, pooled_width: int | None = N
     return replace(model, **widths)
 
 
-def build_prompted_network(model: ModelConfig, text: TinyTextConfig, seed: int = 0) -> PromptedNetwork:
+def build_prompted_network(
+    model: ModelConfig, text: TinyTextConfig, seed: int = 0, codebook_size: int | None = None
+) -> PromptedNetwork:
     """The network of a config and its text encoder with their published initialisation, a function of the seed alone.
 
-    Raises UserError as PromptedNetwork does.
+    codebook_size: of a network of tokens. Raises UserError as PromptedNetwork does.
     """
     with torch.random.fork_rng(devices=[]):  # as in build_model
-        prompted = PromptedNetwork(network_of(model), TinyTextEncoder(text))
+        prompted = PromptedNetwork(network_of(model, codebook_size), TinyTextEncoder(text))
     prompted.initialise(torch.Generator().manual_seed(seed))
     return prompted

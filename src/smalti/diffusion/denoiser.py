@@ -35,6 +35,18 @@ def x0_and_variance(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Condition | 
 
 
 @dataclass(frozen=True)
+class MaskedDenoiser:
+    """The estimate of a masked model: logits of all tokens, in place of an x0."""
+
+    backbone: Backbone
+    process: Process
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """x int64 [batch, height, width] with masked tokens -> logits [batch, codebook, height, width]."""
+        return self.backbone(x, self.process.network_time(t).float(), cond)
+
+
+@dataclass(frozen=True)
 class NetworkDenoiser:
     """x0 estimates from a network that predicts prediction_type under process.
 

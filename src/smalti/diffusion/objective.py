@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from smalti.diffusion.masking import Masking, masked_token_loss
 from smalti.diffusion.prediction import (
-    PredictionType,
+    OutputType,
     input_scale,
     per_sample,
     prediction_row,
@@ -30,17 +31,21 @@ class Objective:
     uniform, sigma_sqrt and cosmap weigh the error of the output, min_snr and edm that of x0 (see loss_weight).
     min_snr_gamma caps the weight of nearly clean samples at gamma in x0 terms (Hang et al. 2023, eq. 8).
     vlb_weight: of the variational bound, by which a network learns the variance of its steps; 0.001 is the paper's
-    (Nichol and Dhariwal 2021, eq. 16), 0 leaves the variance untrained.
+    (Nichol and Dhariwal 2021, eq. 16), 0 leaves the variance untrained. tokens is the prediction of masked tokens, by
+    cross-entropy with label_smoothing (diffusion/masking.py).
     """
 
-    prediction_type: PredictionType = "velocity"
+    prediction_type: OutputType = "velocity"
     weighting: Literal["uniform", "min_snr", "sigma_sqrt", "cosmap", "edm"] = "uniform"
     min_snr_gamma: float = field(default=5.0, metadata={"only_if": ("weighting", ("min_snr",))})
     vlb_weight: float = 0.0
+    label_smoothing: float = field(default=0.0, metadata={"only_if": ("prediction_type", ("tokens",))})
 
     def __post_init__(self) -> None:
         if not 0 <= self.vlb_weight < math.inf:
             raise UserError(f"objective.vlb_weight={self.vlb_weight} must be at least 0 and finite")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"objective.label_smoothing={self.label_smoothing} must lie in [0, 1)")
         if self.min_snr_gamma <= 0:
             raise UserError(f"objective.min_snr_gamma={self.min_snr_gamma} must be above 0")
 
@@ -48,6 +53,8 @@ class Objective:
 def check_objective(objective: Objective, process: Process, learns_variance: bool = False) -> None:
     """Raise UserError where the prediction does not say what x0 is at the noise that sampling starts from, and for a
     variational bound of a network without variances or of a process without steps."""
+    if objective.prediction_type == "tokens" or isinstance(process, Masking):
+        return  # they go together: config.check_parts
     if objective.vlb_weight > 0 and not learns_variance:
         raise UserError(
             f"objective.vlb_weight={objective.vlb_weight} has no effect on this network, which learns no variance: "
@@ -109,8 +116,11 @@ def per_sample_loss(
     """Weighted mean squared error of each sample's output, [batch]; with vlb_weight the variational bound beside it.
 
     x0, eps: [batch, channels, ...]. t: [batch] in (0, 1), float64. Source: Ho et al. 2020, eq. 14, in any prediction;
-    Nichol and Dhariwal 2021, eq. 16, where the bound trains the variances alone.
+    Nichol and Dhariwal 2021, eq. 16, where the bound trains the variances alone. Of tokens: see masked_token_loss, of
+    which x0 are the tokens and eps the uniform numbers.
     """
+    if isinstance(process, Masking):
+        return masked_token_loss(backbone, process, objective.label_smoothing, x0, eps, t, cond)
     x = noisy_input(process, t, x0, eps)
     target = training_target(objective.prediction_type, process, t, x0, eps)
     scaled = x * per_sample(input_scale(objective.prediction_type, process, t), x)

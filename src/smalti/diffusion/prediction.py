@@ -13,6 +13,7 @@ from smalti.diffusion.process import Process
 from smalti.errors import unknown_name
 
 PredictionType = Literal["eps", "x0", "v", "velocity", "edm"]
+OutputType = Literal["eps", "x0", "v", "velocity", "edm", "tokens"]  # tokens: logits, in no plane of x0 and eps
 
 
 def prediction_types() -> tuple[str, ...]:

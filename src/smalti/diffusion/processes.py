@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from smalti.diffusion.interpolants import Interpolant, LinearInterpolant
+from smalti.diffusion.masking import Masking, masking_names
 from smalti.diffusion.process import Process
 from smalti.diffusion.variance_preserving import (
     VPCosine,
@@ -24,6 +25,7 @@ __all__ = [
     "GVP",
     "Interpolant",
     "LinearInterpolant",
+    "Masking",
     "Process",
     "RectifiedFlow",
     "VPCosine",
@@ -172,14 +174,16 @@ _PROCESSES: dict[str, Callable[..., Process]] = {
 
 
 def process_names() -> list[str]:
-    """What make_process takes."""
+    """The processes of pictures and latents; masking_names() are those of tokens."""
     return sorted(_PROCESSES)
 
 
 def make_process(name: str, **options: float) -> Process:
     """A process by name; options are its dataclass fields. Raises UserError for an unknown name or option."""
+    if name in masking_names():
+        return Masking(name)
     if name not in _PROCESSES:
-        raise unknown_name("process", name, _PROCESSES)
+        raise unknown_name("process", name, [*_PROCESSES, *masking_names()])
     try:
         return _PROCESSES[name](**options)
     except TypeError as error:

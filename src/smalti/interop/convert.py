@@ -63,6 +63,8 @@ def write_weights(
     original: the format's name where an architecture has several. prefix: before each original name; None takes the
     one that the source had. Raises UserError for what the target cannot express and for paths that exist.
     """
+    if weights.codebook_size is not None:
+        raise UserError("a network of tokens cannot be written elsewhere yet: no other format has its embedding")
     if to != "smalti":
         weights = without_attention_scale(weights)  # which others do not know
     if to == "original":
@@ -120,6 +122,8 @@ def export_run(run: Path, out: Path, *, checkpoint: str | None = None, overwrite
     process that diffusers has no class for.
     """
     config: RunConfig = read_config(run)
+    if config.codebook_size is not None:
+        raise UserError(f"{run} is a masked model: diffusers has no class for its network, so it cannot be exported")
     scheduler = scheduler_config(config.process, config.objective.prediction_type)
     weights = read_weights(run, checkpoint=checkpoint)
     format_of_config(weights.config).write_config(weights.config)  # complain before anything is written

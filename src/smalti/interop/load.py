@@ -31,7 +31,7 @@ class Weights:
     """A network as read from somewhere: our config, our state dict, and the prefix that its file put before each name.
 
     source: "smalti", "diffusers" or an original format's name. text, text_tensors: the text encoder that a run trained
-    along with the network.
+    along with the network. codebook_size: of a network of tokens.
     """
 
     config: ModelConfig
@@ -40,6 +40,7 @@ class Weights:
     prefix: str = ""
     text: TinyTextConfig | None = None
     text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    codebook_size: int | None = None
 
 
 def _our_shapes(config: ModelConfig) -> dict[str, Tensor]:
@@ -66,12 +67,14 @@ def _read_run(folder: Path, checkpoint: str | None, ema: bool) -> Weights:
     except KeyError:
         raise CheckpointError(f"{chosen} holds averaged weights only: pass ema=True") from None
     if not isinstance(config.text, TinyTextConfig):
-        return Weights(config.model, tensors, "smalti")
+        return Weights(config.model, tensors, "smalti", codebook_size=config.codebook_size)
     network, text = (
         {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
         for part in ("network.", "text.")
     )
-    return Weights(config.model, network, "smalti", text=config.text, text_tensors=text)
+    return Weights(
+        config.model, network, "smalti", text=config.text, text_tensors=text, codebook_size=config.codebook_size
+    )
 
 
 def _checkpoint_folder(run: RunFolder, name: str | None) -> Path:
@@ -219,7 +222,7 @@ def load_backbone(
         check_precision(device, dtype)
     weights = read_weights(source, checkpoint=checkpoint, ema=ema, config=config)
     with torch.device("meta"):
-        model = network_of(weights.config)
+        model = network_of(weights.config, weights.codebook_size)
         text = None if weights.text is None else TinyTextEncoder(weights.text)
     # Copies where the tensors are another module's own: two networks must not share what one of them may train.
     tensors = {k: v.clone() for k, v in weights.tensors.items()} if isinstance(source, nn.Module) else weights.tensors

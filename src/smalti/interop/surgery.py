@@ -209,6 +209,8 @@ def adapt(weights: Weights, seed: int = 0, **changes: int | tuple[int, int]) -> 
     nothing, and so computes what the old one did; a shallower one keeps evenly spread blocks. Raises UserError for
     other fields and other architectures.
     """
+    if weights.codebook_size is not None:
+        raise UserError("a network of tokens cannot be adapted yet")
     old: Any = weights.config  # of the kind that the anatomy is of
     anatomy = _ANATOMIES.get(old.kind)
     if anatomy is None:

@@ -1,5 +1,6 @@
 """Architectures by name: build one from its config, count its parameters and operations."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +17,7 @@ from smalti.models.ltx import LTX, LTXConfig
 from smalti.models.mmdit import MMDiT, MMDiTConfig
 from smalti.models.pixart import PixArt, PixArtConfig
 from smalti.models.sana import Sana, SanaConfig
+from smalti.models.token_network import TokenNetwork, classifier_flops
 from smalti.models.unet import UNet, UNetConfig
 from smalti.models.uvit import UViT, UViTConfig
 from smalti.models.video_dit import VideoDiT, VideoDiTConfig
@@ -91,15 +93,19 @@ def preset(name: str) -> ModelConfig:
     return presets[name]
 
 
-def network_of(config: ModelConfig) -> nn.Module:
-    """The network of a config with PyTorch's default weights, for those who load others into it."""
-    return _architecture_of(config).network(config)
+def network_of(config: ModelConfig, codebook_size: int | None = None) -> nn.Module:
+    """The network of a config with PyTorch's default weights, for those who load others into it.
+
+    codebook_size: of the tokens that it reads and predicts (models/token_network.py); None: it reads no tokens.
+    """
+    network = _architecture_of(config).network(config)
+    return network if codebook_size is None else TokenNetwork(network, codebook_size)
 
 
-def build_model(config: ModelConfig, seed: int = 0) -> nn.Module:
-    """The network of a config with its published initialisation, a function of the seed alone."""
+def build_model(config: ModelConfig, seed: int = 0, codebook_size: int | None = None) -> nn.Module:
+    """network_of() with its published initialisation, a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):  # the layers' own initialisation must not move the caller's generator
-        model = network_of(config)
+        model = network_of(config, codebook_size)
     cast(Any, model).initialise(torch.Generator().manual_seed(seed))
     return model
 
@@ -113,6 +119,15 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return parts
 
 
-def forward_flops(config: ModelConfig, input_size: tuple[int, ...] | None = None, text_tokens: int = 0) -> int:
+def forward_flops(
+    config: ModelConfig,
+    input_size: tuple[int, ...] | None = None,
+    text_tokens: int = 0,
+    codebook_size: int | None = None,
+) -> int:
     """Floating-point operations of one forward at batch 1, matrix products and convolutions only (Architecture)."""
-    return _architecture_of(config).forward_flops(config, input_size, text_tokens)
+    flops = _architecture_of(config).forward_flops(config, input_size, text_tokens)
+    if codebook_size is None:
+        return flops
+    assert isinstance(config, TrainableModelConfig)
+    return flops + classifier_flops(config.in_channels, codebook_size, math.prod(input_size or config.image_size))

@@ -65,7 +65,8 @@ class MuonConfig:
 
 OptimizerConfig = AdamWConfig | MuonConfig | ScheduleFreeConfig
 
-_BLOCKS = ("blocks.", "network.blocks.", "text.blocks.")  # what the names of the matrices inside blocks begin with
+# What the names of the matrices inside blocks begin with.
+_BLOCKS = ("blocks.", "network.blocks.", "network.network.blocks.", "text.blocks.")
 
 
 def _check_learning_rate(name: str, value: float) -> None:

@@ -61,7 +61,7 @@ class ClassifierFreeGuidance(WrappedDenoiser):
             return conditional, conditional, logits
         conditional, unconditional, logits = self._halves(inner, x, t, cond)
         # Ho and Salimans 2022, eq. 6: (1 + w) cond - w null.
-        guided = torch.lerp(unconditional, conditional, scale_at("guidance_scale", self.guidance_scale, t, x))
+        guided = torch.lerp(unconditional, conditional, scale_at("guidance_scale", self.guidance_scale, t, conditional))
         return guided, conditional, logits
 
     def _halves(

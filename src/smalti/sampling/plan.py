@@ -24,6 +24,7 @@ from smalti import rng
 from smalti.diffusion.denoiser import x0_and_variance
 from smalti.diffusion.processes import Process
 from smalti.errors import UserError
+from smalti.sampling.masked import MaskedPlan, MaskedTrajectories
 from smalti.sampling.wrapped import Estimator, x0_alone
 from smalti.types import Condition, Denoiser
 
@@ -249,8 +250,8 @@ class Trajectories:
         shape, device, dtype = tuple(self.x.shape[1:]), self.x.device, self.x.dtype
         return rng.normal(shape, seed=self.seeds, purpose=purpose, call=call, device=device, dtype=dtype)
 
-    def advance(self, x0: Tensor, variance_logits: Tensor | None = None) -> None:
-        """Take the estimate at (x, t), of the shape of x, and go on to the next call."""
+    def advance(self, x0: Tensor, variance_logits: Tensor | None = None) -> Tensor:
+        """Take the estimate at (x, t), of the shape of x, and go on to the next call; gives the estimate back."""
         assert x0.shape == self.x.shape, f"the denoiser gave {tuple(x0.shape)} for x of {tuple(self.x.shape)}"
         noise = self._noise("sampling/step", self.call) if self.plan.draws_noise[self.call] else None
         if noise is not None and self.plan.noise_log_ratio is not None:
@@ -269,6 +270,7 @@ class Trajectories:
         assert x is not None
         self.x, self._kept = x, kept
         self.call += 1
+        return x0
 
     def _shifted(self, registers: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The registers with the offsets of this call added."""
@@ -281,14 +283,25 @@ class Trajectories:
         return shifted
 
 
+AnyPlan = Plan | MaskedPlan
+
+
+def trajectories(plan: AnyPlan, rows: Tensor, seeds: Tensor, x: Tensor) -> Trajectories | MaskedTrajectories:
+    """Rows at the plan's first time, to be advanced call by call. rows, seeds: int64 [group]; x [group, ...]."""
+    if isinstance(plan, MaskedPlan):
+        return MaskedTrajectories(plan, rows, seeds, x)
+    return Trajectories(plan, rows, seeds, x)
+
+
 def _is_finite(x: Tensor) -> bool:
     # The sum is a tenth of the price and is not finite where an entry is not; where it overflows, all are looked at.
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
-def _check_start(x: Tensor, seeds: Tensor) -> None:
-    if x.ndim == 0 or not x.is_floating_point():
-        raise UserError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}: needed is a floating point [batch, ...]")
+def _check_start(x: Tensor, seeds: Tensor, tokens: bool) -> None:
+    if x.ndim == 0 or x.is_floating_point() == tokens:
+        wanted = "int64 [batch, height, width]" if tokens else "a floating point [batch, ...]"
+        raise UserError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}: needed is {wanted}")
     if not _is_finite(x):
         raise UserError("x has entries that are NaN or infinite: needed are finite numbers")
     if seeds.shape != (len(x),) or seeds.is_floating_point():
@@ -309,7 +322,7 @@ def _rows_of(cond: Condition, rows: Tensor) -> Condition:
     return cond.map(lambda value: value[rows])
 
 
-def _gather(live: Sequence[Trajectories]) -> tuple[Tensor, Tensor]:
+def _gather(live: Sequence[Trajectories | MaskedTrajectories]) -> tuple[Tensor, Tensor]:
     """x and t of all live rows, in the order of the groups."""
     if len(live) == 1:
         return live[0].x, live[0].t
@@ -317,7 +330,7 @@ def _gather(live: Sequence[Trajectories]) -> tuple[Tensor, Tensor]:
 
 
 def run_plans(
-    plans: Sequence[Plan],
+    plans: Sequence[AnyPlan],
     denoiser_for: Callable[[Tensor], Denoiser],
     x: Tensor,
     cond: Condition | None = None,
@@ -331,22 +344,24 @@ def run_plans(
     call; asked again only when that set changes), and cond is gathered likewise. So a row's result is what it gets
     alone. seeds: int64 [batch], 0 .. batch - 1 by default; only plans that draw noise read them. progress(done, total)
     counts the ticks. Returns x at the plans' last times, in the dtype of x. Raises UserError for x that is not finite,
-    for wrong shapes of plans or seeds, and for a learned variance that the denoiser does not have.
+    for wrong shapes of plans or seeds, and for a learned variance that the denoiser does not have. Masked plans run on
+    tokens, int64 [batch, height, width], and a denoiser that gives logits; plans of both kinds cannot share a batch.
     """
     if seeds is None:
         seeds = torch.arange(x.shape[0] if x.ndim else 0, device=x.device)
-    _check_start(x, seeds)
+    _check_start(x, seeds, tokens=any(isinstance(plan, MaskedPlan) for plan in plans))
     if len(plans) != len(x):
         raise UserError(f"plans has {len(plans)} entries for {len(x)} rows of x: one plan a row is needed")
-    members: dict[Plan, list[int]] = {}
+    members: dict[AnyPlan, list[int]] = {}
     for row, plan in enumerate(plans):
         members.setdefault(plan, []).append(row)
     live = []
     for plan, places in members.items():
-        _check_elements(plan, tuple(x.shape[1:]))
+        if isinstance(plan, Plan):
+            _check_elements(plan, tuple(x.shape[1:]))
         rows = torch.tensor(places, device=x.device)
         whole = len(members) == 1
-        live.append(Trajectories(plan, rows, seeds if whole else seeds[rows], x if whole else x[rows]))
+        live.append(trajectories(plan, rows, seeds if whole else seeds[rows], x if whole else x[rows]))
     end = torch.empty_like(x)
     total, ticks = max((plan.num_calls for plan in members), default=0), 0
     while live:
@@ -379,7 +394,7 @@ def run_plans(
 
 
 def run_plan(
-    plan: Plan,
+    plan: AnyPlan,
     denoiser: Denoiser,
     x: Tensor,
     cond: Condition | None = None,

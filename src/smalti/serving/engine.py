@@ -20,7 +20,7 @@ from smalti.errors import UserError
 from smalti.images import to_pil
 from smalti.pipeline import Pipeline
 from smalti.rng import widest_float
-from smalti.sampling.plan import Plan
+from smalti.sampling.plan import AnyPlan
 from smalti.serving.checkpoint_slots import CheckpointSlots
 from smalti.serving.faults import Faults
 from smalti.serving.messages import (
@@ -93,7 +93,7 @@ class Engine:
     faults: Faults | None = None
     clock: Callable[[], float] = time.monotonic
     _live: dict[int, _Live] = field(default_factory=dict)
-    _plans: dict[tuple[object, ...], Plan] = field(default_factory=dict)
+    _plans: dict[tuple[object, ...], AnyPlan] = field(default_factory=dict)
     _fair: FairClock = field(default_factory=FairClock)
     _step_seconds: float = 0.0
     _express_lead: float = 0.0

@@ -28,7 +28,11 @@ class Faults:
             elif order.fault == "hang":
                 time.sleep(self.hang_seconds)
             elif order.fault == "nan":
-                picture.trajectory.x = torch.full_like(picture.trajectory.x, torch.nan)
+                x = picture.trajectory.x
+                if x.is_floating_point():
+                    picture.trajectory.x = torch.full_like(x, torch.nan)
+                else:  # tokens
+                    picture.guidance_scale = torch.nan
             elif order.fault == "out_of_memory":
                 raise torch.OutOfMemoryError(f"a fault: no memory for {len(orders)} pictures")
             else:

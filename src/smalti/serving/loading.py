@@ -14,6 +14,7 @@ from smalti.models.registry import count_parameters
 from smalti.pipeline import Pipeline, load
 from smalti.run_folder import RunFolder
 from smalti.sampling.compiled import CompiledDenoiser, compiled_estimate
+from smalti.sampling.masked import MASKED_SOLVER
 from smalti.sampling.solvers import solver_names
 from smalti.serving.engine import Engine, EngineSettings
 from smalti.serving.exact_batching import shares_exactly, with_fixed_heights
@@ -33,6 +34,14 @@ def weights_hash(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _version(pipeline: Pipeline, network: nn.Module) -> str:
+    """Of the weights that make the pictures; of a masked model the tokenizer's too."""
+    ours = weights_hash(network)
+    if pipeline.tokenizer is not None:
+        ours = hashlib.sha256(f"{ours} {pipeline.tokenizer.fingerprint}".encode()).hexdigest()
+    return ours[:12]
+
+
 def tokens_of(pipeline: Pipeline) -> int:
     """Tokens of a row: patches of what the network denoises."""
     model = pipeline.config.model
@@ -47,15 +56,19 @@ def model_card(pipeline: Pipeline, name: str, created: int) -> ModelCard:
     assert isinstance(network, nn.Module)
     height, width = model.image_size
     channels = model.in_channels
-    if pipeline.decode is not None:
+    if pipeline.tokenizer is not None:
+        factor, channels = pipeline.tokenizer.factor, pipeline.tokenizer.in_channels
+        height, width = height * factor, width * factor
+    elif pipeline.decode is not None:
         with torch.inference_mode():
             picture = pipeline.pictures(torch.zeros(1, channels, height, width, device=pipeline.device))
         channels, height, width = picture.shape[1:]
-    state = 4 * math.prod((model.in_channels, *model.image_size))
+    # A token is an int64.
+    values = math.prod(model.image_size) * (2 if pipeline.tokenizer is not None else model.in_channels)
     conditional = pipeline.num_classes > 0 or pipeline.encode_prompts is not None
     return ModelCard(
         name=name,
-        version=weights_hash(network)[:12],
+        version=_version(pipeline, network),
         created=created,
         architecture=type(model).kind,
         image_size=(height, width),
@@ -64,12 +77,12 @@ def model_card(pipeline: Pipeline, name: str, created: int) -> ModelCard:
         reads_prompts=pipeline.encode_prompts is not None,
         takes_pictures=pipeline.decode is None,
         takes_sizes=False,
-        solvers=tuple(solver_names()),
+        solvers=tuple(solver_names()) if pipeline.tokenizer is None else (MASKED_SOLVER,),
         solver=sampling.solver,
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale if conditional else 1.0,
         tokens=tokens_of(pipeline),
-        trajectory_bytes=_REGISTERS * state + 256,
+        trajectory_bytes=4 * _REGISTERS * values + 256,
         parameters=sum(count_parameters(network).values()),
     )
 
@@ -117,10 +130,12 @@ def load_engine(settings: ModelSettings, emit: Callable[[PictureEvent], None], w
 
 
 def _shares_exactly(pipeline: Pipeline, max_rows: int) -> bool:
-    rows, model = min(max_rows, 24), pipeline.config.model
+    rows = min(max_rows, 24)
     seeds = torch.arange(rows, device=pipeline.device)
-    shape = (model.in_channels, *model.image_size)
-    x = rng.normal(shape, seed=seeds, purpose="serving/warm_up", device=pipeline.device)
+    x = pipeline.start_noise(seeds)
+    if pipeline.tokenizer is not None:  # at the start all grids are alike
+        u = rng.uniform(tuple(x.shape[1:]), seed=seeds, purpose="serving/warm_up", device=pipeline.device)
+        x = (u * pipeline.tokenizer.codebook_size).long()
     t = torch.linspace(0.02, 0.98, rows, dtype=rng.widest_float(pipeline.device), device=pipeline.device)
     cond = pipeline.null_condition(rows)
     return shares_exactly(pipeline.unguided(), x, t, cond, sizes=tuple(n for n in (2, 3, 5, 8, 16, rows) if n <= rows))

@@ -16,10 +16,12 @@ from torch import Tensor
 from smalti.diffusion.denoiser import x0_and_variance
 from smalti.errors import UserError
 from smalti.images import decode_picture
-from smalti.pipeline import Editing, Pipeline
+from smalti.pipeline import Pipeline
 from smalti.pipeline_arguments import checked_seeds, to_move_away_from, wanted_pictures
+from smalti.pipeline_editing import Editing
 from smalti.sampling.editing import strength_to_start
-from smalti.sampling.plan import Plan, Trajectories
+from smalti.sampling.masked import MaskedTrajectories
+from smalti.sampling.plan import AnyPlan, Trajectories, trajectories
 from smalti.sampling.wrapped import Estimator, x0_alone
 from smalti.serving.messages import PictureOrder
 from smalti.types import Condition, Denoiser
@@ -43,7 +45,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """The network's x0 estimate for a question [rows, ...], and its variance logits where they were asked for."""
+    """The network's x0 estimate for a question [rows, ...], and its variance logits where they were asked for.
+
+    A masked model's estimate is its logits [rows, codebook, height, width].
+    """
 
     x0: Tensor
     variance_logits: Tensor | None
@@ -70,7 +75,7 @@ class _Stand:
     def _estimate(self, x: Tensor, t: Tensor, cond: Condition | None, learned_variance: bool) -> Answer:
         if self.answer is None:
             raise _Asked(Question(x, t, cond, learned_variance))
-        assert self.answer.x0.shape == x.shape
+        assert len(self.answer.x0) == len(x)
         return self.answer
 
     def __call__(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
@@ -87,16 +92,17 @@ class Picture:
     """A picture's trajectory and the denoiser around the network that it is drawn with. Stepped by one thread."""
 
     pipeline: Pipeline
-    trajectory: Trajectories
+    trajectory: Trajectories | MaskedTrajectories
     cond: Condition | None
     guidance_scale: float
     negative: Condition | None
     editing: Editing | None
     noise: Tensor  # at the start [1, ...]
     rows: int  # of a forward that it takes
+    finite: bool = True  # whether the last estimate was
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> AnyPlan:
         """Its solver's table."""
         return self.trajectory.plan
 
@@ -116,9 +122,7 @@ class Picture:
     def _around(self, network: Denoiser) -> Denoiser:
         options = self.pipeline.config.sampling.guidance
         denoiser = self.pipeline.guided(network, 1, self.guidance_scale, options, self.negative)
-        if self.editing is not None and self.editing.mask is not None:
-            denoiser = self.pipeline.inpainting(denoiser, self.editing, slice(0, 1), self.noise)
-        return denoiser
+        return self.pipeline.inpainting(denoiser, self.editing, slice(0, 1), self.noise)
 
     def question(self) -> Question:
         """What it asks of the network next."""
@@ -129,15 +133,17 @@ class Picture:
         raise AssertionError("a denoiser did not ask its network")
 
     def advance(self, answer: Answer) -> Tensor:
-        """Take the answer and go on to the next call; gives the x0 estimate that the call made [1, ...]."""
+        """Take the answer and go on to the next call; gives the call's x0, or tokens, [1, ...]."""
         denoiser = self._around(_Stand(answer))
-        x0, logits = self._estimator()(denoiser, self.trajectory.x, self.trajectory.t, self.cond)
-        self.trajectory.advance(x0, logits)
-        return x0
+        estimate, logits = self._estimator()(denoiser, self.trajectory.x, self.trajectory.t, self.cond)
+        self.finite = bool(torch.isfinite(estimate).all())
+        return self.trajectory.advance(estimate, logits)
 
     def is_finite(self) -> bool:
-        """Whether its state has neither NaN nor infinity."""
-        return all(register is None or bool(torch.isfinite(register).all()) for register in self.trajectory.registers())
+        """Whether its state and the last estimate have neither NaN nor infinity."""
+        return self.finite and all(
+            register is None or bool(torch.isfinite(register).all()) for register in self.trajectory.registers()
+        )
 
     def state(self) -> bytes:
         """Where it is, to go on from in another process."""
@@ -146,10 +152,11 @@ class Picture:
 
     def go_on_from(self, state: bytes) -> None:
         """Take the place that `state` was made at, by a picture of the same order. Raises UserError where it is not."""
-        shape, device = tuple(self.trajectory.x.shape), self.trajectory.x.device
+        like = self.trajectory.x
+        shape, device, dtype = tuple(like.shape), like.device, like.cpu().numpy().dtype
         try:
             call, parts = msgspec.msgpack.decode(state, type=tuple[int, list[bytes | None]])
-            arrays = [None if p is None else np.frombuffer(p, dtype=np.float32).reshape(shape).copy() for p in parts]
+            arrays = [None if p is None else np.frombuffer(p, dtype).reshape(shape).copy() for p in parts]
         except (msgspec.MsgspecError, ValueError) as error:
             raise UserError(f"resume: the checkpoint does not fit the picture ({error})") from None
         if not 0 <= call < self.plan.num_calls or len(arrays) != len(self.plan.registers) or arrays[0] is None:
@@ -158,7 +165,7 @@ class Picture:
         self.trajectory.go_on_from(call, registers)
 
 
-def prepare(pipeline: Pipeline, order: PictureOrder, plans: dict[tuple[object, ...], Plan]) -> Picture:
+def prepare(pipeline: Pipeline, order: PictureOrder, plans: dict[tuple[object, ...], AnyPlan]) -> Picture:
     """The picture that an order asks for, at its start.
 
     plans: made already, by what they were asked by; a new one is added. Raises UserError naming the order's field.
@@ -178,7 +185,8 @@ def prepare(pipeline: Pipeline, order: PictureOrder, plans: dict[tuple[object, .
     plan = _plan(pipeline, order, editing, plans)
     noise = pipeline.start_noise(seeds, order.image_size)
     rows = torch.zeros(1, dtype=torch.int64, device=pipeline.device)
-    trajectory = Trajectories(plan, rows, seeds, pipeline.at_start(plan, noise, editing, slice(0, 1)))
+    start = pipeline.at_start(plan, noise, editing, slice(0, 1), seeds)
+    trajectory = trajectories(plan, rows, seeds, start)
     cond = None if wanted.cond is None else wanted.cond.to(pipeline.device)
     picture = Picture(pipeline, trajectory, cond, scale, negative, editing, noise, rows=1)
     picture.rows = len(picture.question().x)
@@ -193,16 +201,19 @@ def _editing(pipeline: Pipeline, order: PictureOrder) -> Editing | None:
         return None
     if pipeline.decode is not None:
         raise UserError("source: this network denoises latents, of which pictures cannot be edited yet")
-    size = order.image_size or pipeline.config.model.image_size
-    channels = pipeline.config.model.in_channels
+    (height, width), channels = order.image_size or pipeline.config.model.image_size, pipeline.config.model.in_channels
+    factor = 1
+    if pipeline.tokenizer is not None:
+        factor, channels = pipeline.tokenizer.factor, pipeline.tokenizer.in_channels
+    size = height * factor, width * factor
     image = decode_picture(order.source, "source", channels, size)
     mask = None if order.mask is None else (decode_picture(order.mask, "mask", 1, size) + 1) / 2
     return Editing(image, order.strength, mask)
 
 
 def _plan(
-    pipeline: Pipeline, order: PictureOrder, editing: Editing | None, plans: dict[tuple[object, ...], Plan]
-) -> Plan:
+    pipeline: Pipeline, order: PictureOrder, editing: Editing | None, plans: dict[tuple[object, ...], AnyPlan]
+) -> AnyPlan:
     options = dict(order.solver_options)
     if editing is not None and editing.strength != 1.0:
         if options.get("t_start") is not None:

@@ -23,7 +23,10 @@ _VALIDATION_ROWS = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """x0, eps: [batch, channels, height, width]. t: float64 [batch]. cond: labels or captions, some of them dropped."""
+    """x0, eps: [batch, channels, height, width]. t: float64 [batch]. cond: labels or captions, some of them dropped.
+
+    Of tokens: x0 int64 [batch, height, width], eps uniform numbers of its shape (diffusion/masking.py).
+    """
 
     x0: Tensor
     eps: Tensor
@@ -72,7 +75,7 @@ def training_batch(
     u = rng.uniform((2,), seed=seed, purpose="train/timestep", index=slots, call=step, device=device)
     share = stratify(u[:, 0], slots, size) if config.loop.stratified_timesteps else u[:, 0]
     t, u, slots = config.timesteps(share, process)[own], u[own], slots[own]
-    eps = rng.normal(tuple(x0.shape[1:]), seed=seed, purpose="train/noise", index=slots, call=step, device=device)
+    eps = _noise(x0, seed, "train/noise", slots, step)
     if encode_captions is not None:
         assert rows.captions is not None
         captions = pick_captions(rows.captions, indices, slots, seed, step, config.captions)
@@ -110,7 +113,7 @@ def _validation_batch(
     """Rows with the noise and the t of the slots from `first` on."""
     x0 = rows.read(indices)
     device, slots = x0.device, indices + first
-    eps = rng.normal(tuple(x0.shape[1:]), seed=0, purpose="validation/noise", index=slots.to(device), device=device)
+    eps = _noise(x0, 0, "validation/noise", slots.to(device))
     # 0.618...: neighbours in row order get far-apart t, so that classes and t do not go together.
     t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)
     t = t.to(device, rng.widest_float(device))
@@ -120,6 +123,12 @@ def _validation_batch(
         return Batch(x0, eps, t, encode_captions(captions).to(device))
     labels = _labels(config, rows, indices)
     return Batch(x0, eps, t, None if labels is None else Condition(class_labels=labels.to(device)))
+
+
+def _noise(x0: Tensor, seed: int, purpose: str, slots: Tensor, step: int = 0) -> Tensor:
+    """What a step draws for x0: normal numbers, for tokens uniform ones."""
+    draw = rng.normal if x0.is_floating_point() else rng.uniform
+    return draw(tuple(x0.shape[1:]), seed=seed, purpose=purpose, index=slots, call=step, device=x0.device)
 
 
 def _labels(config: RunConfig, rows: TrainingRows, indices: Tensor) -> Tensor | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from smalti.autoencoders.caching import Progress, open_latents
-from smalti.autoencoders.registry import Pixels, load_autoencoder
+from smalti.autoencoders.protocol import Tokenizer
+from smalti.autoencoders.registry import Pixels, TokenizerConfig, load_autoencoder, load_tokenizer
 from smalti.conditioning.encoders import TextEncoder, build_text_encoder
 from smalti.conditioning.tiny import CaptionTokenizer, TinyTextConfig, train_tokenizer
 from smalti.config import BucketConfig, RunConfig
@@ -17,6 +18,7 @@ from smalti.data.latents import LatentStatistics
 from smalti.data.listing import Skipped
 from smalti.data.opening import OpenedRows, open_buckets, open_rows
 from smalti.data.rows import TrainingRows
+from smalti.data.tokens import tokenized
 from smalti.errors import UserError
 from smalti.models.unet import UNetConfig
 from smalti.pipeline import Decoder, latent_decoder, read_statistics, read_tokenizer
@@ -32,7 +34,7 @@ class RunData:
     """What a run trains on: rows of each size (one, without buckets).
 
     skipped: (name, reason) of pictures that cannot be used; enlarged: (name, factor) of those that must grow. On
-    latents also what decodes them, and their statistics.
+    latents also what decodes them, and their statistics; of tokens their tokenizer.
     """
 
     training: tuple[TrainingRows, ...]
@@ -41,6 +43,7 @@ class RunData:
     enlarged: tuple[tuple[str, float], ...] = ()
     decode: Decoder | None = None
     statistics: LatentStatistics | None = None
+    tokenizer: Tokenizer | None = None
 
     @property
     def num_training(self) -> int:
@@ -56,7 +59,7 @@ class RunData:
 def open_run_data(
     config: RunConfig, device: torch.device, run: Path | None = None, progress: Progress | None = None
 ) -> RunData:
-    """A run's pictures at its network's size, or their latents, encoded where the cache lacks them.
+    """A run's pictures at its network's size, or their latents, encoded where the cache lacks them, or their tokens.
 
     run: a run that is gone on with, whose latents keep their statistics. progress(done, total) is called while pictures
     are decoded or encoded. Raises UserError where they cannot be opened or lack labels or captions.
@@ -68,6 +71,8 @@ def open_run_data(
         return RunData((opened.training,), _filled(opened.held_out), opened.skipped)
     if config.buckets is not None:
         raise UserError(f"buckets: only for autoencoder=pixels, and this run has {config.autoencoder.kind}")
+    if isinstance(config.autoencoder, TokenizerConfig):
+        return _open_run_tokens(config, config.autoencoder, device, progress)
     autoencoder = load_autoencoder(config.autoencoder, device)
     assert autoencoder is not None
     factor, (height, width) = autoencoder.factor, config.model.image_size
@@ -90,6 +95,19 @@ def open_run_data(
     _check_told(config, latents.training)
     decode = latent_decoder(latents.autoencoder, latents.statistics)
     return RunData((latents.training,), _filled(latents.held_out), latents.skipped, (), decode, latents.statistics)
+
+
+def _open_run_tokens(
+    config: RunConfig, tokenizer_config: TokenizerConfig, device: torch.device, progress: Progress | None
+) -> RunData:
+    tokenizer = load_tokenizer(tokenizer_config, device)
+    height, width = config.model.image_size
+    size = (height * tokenizer.factor, width * tokenizer.factor)
+    opened = _open_pictures(config, tokenizer.in_channels, size, progress)
+    training, held_out = (
+        tokenized(rows, tokenizer.encode, device, progress) for rows in (opened.training, opened.held_out)
+    )
+    return RunData((training,), _filled(held_out), opened.skipped, tokenizer=tokenizer)
 
 
 def _filled(*parts: TrainingRows) -> tuple[TrainingRows, ...]:
@@ -117,11 +135,14 @@ def _open_run_buckets(config: RunConfig, buckets: BucketConfig, progress: Progre
 
 def open_run_rows(config: RunConfig, progress: Progress | None = None) -> OpenedRows:
     """A run's pictures as pixels, at its network's size. Errors as open_run_data's."""
-    model = config.model
+    return _open_pictures(config, config.model.in_channels, config.model.image_size, progress)
+
+
+def _open_pictures(config: RunConfig, channels: int, size: tuple[int, int], progress: Progress | None) -> OpenedRows:
     opened = open_rows(
         config.data,
-        model.in_channels,
-        model.image_size,
+        channels,
+        size,
         needs_captions=config.text is not None,
         needs_labels=config.num_classes > 0,
         progress=progress,

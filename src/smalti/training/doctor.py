@@ -174,7 +174,7 @@ def _cost(config: RunConfig, data: RunData, cost: StepCost) -> tuple[str, str, S
     batch, budget = config.loop.batch_size, config.budget
     per_second = batch / cost.seconds
     tokens = 0 if config.text is None else config.text.max_tokens
-    flops = 3 * forward_flops(config.model, text_tokens=tokens) * per_second
+    flops = 3 * forward_flops(config.model, None, tokens, config.codebook_size) * per_second
     epoch = data.num_training / per_second
     if budget.unit == "minutes":
         epochs, hours = budget.amount * 60 / epoch, budget.amount / 60

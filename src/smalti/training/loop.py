@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import smalti
+from smalti.autoencoders.protocol import Tokenizer
 from smalti.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint
 from smalti.conditioning.prompted import PromptedNetwork
 from smalti.config import Budget, RunConfig, check_parts
@@ -159,6 +160,7 @@ def train(
                     encode_captions,
                     encode_prompts,
                     data.decode,
+                    data.tokenizer,
                 )
                 outcome = run.until_done(stop)
                 # Before the process group: freed after it, DDP takes the group's threads down while it holds Python's
@@ -244,6 +246,7 @@ class _Run:
     encode_captions: PromptEncoder | None = None  # captions to what a training step feeds the network
     encode_prompts: PromptEncoder | None = None  # prompts to what the averaged network is sampled with
     decode: Decoder | None = None
+    tokenizer: Tokenizer | None = None
     compiled: bool = field(init=False, default=False)
     sizes_seen: set[torch.Size] = field(init=False, default_factory=set)  # what the compiled blocks are ready for
     network: nn.Module = field(init=False)  # what a step calls: the model, or what replicates it
@@ -379,7 +382,7 @@ class _Run:
         config, device = self.config, self.state.device
         tokens = 0 if config.text is None else config.text.max_tokens
         peak = matmul_peak(device, product_dtype(config.loop, device)) * self.ranks.size
-        return float(3 * forward_flops(config.model, text_tokens=tokens) * images_per_second / peak)
+        return float(3 * forward_flops(config.model, None, tokens, config.codebook_size) * images_per_second / peak)
 
     def _diverged(self, loss: float, norm: float) -> None:
         """Keep the batch, its address and the weights that met it, then stop."""
@@ -439,7 +442,7 @@ class _Run:
         if not (self.ranks.first or is_sharded(self.ranks, self.sharding)):
             return
         assert isinstance(self.state.average, Backbone)
-        pipeline = Pipeline(self.state.average, self.config, self.encode_prompts, self.decode)
+        pipeline = Pipeline(self.state.average, self.config, self.encode_prompts, self.decode, tokenizer=self.tokenizer)
         captions = [row[0] for rows in self.training_rows for row in rows.captions or () if row]
         self.ranks.doing(f"the samples of step {self.state.step}")
         ticking = self.state.average.register_forward_pre_hook(lambda module, inputs: self.ranks.tick())

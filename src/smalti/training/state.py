@@ -74,8 +74,8 @@ class TrainingState:
 
 def _new_network(config: RunConfig) -> nn.Module:
     if isinstance(config.text, TinyTextConfig):
-        return build_prompted_network(config.model, config.text, config.seed)
-    return build_model(config.model, config.seed)
+        return build_prompted_network(config.model, config.text, config.seed, config.codebook_size)
+    return build_model(config.model, config.seed, config.codebook_size)
 
 
 def new_state(
@@ -89,6 +89,11 @@ def new_state(
     scales = None if mup is None else rescale_initial_weights(model, mup, config.seed)
     if config.initial_weights is not None:
         weights = read_weights(config.initial_weights)
+        if weights.codebook_size != config.codebook_size:
+            raise UserError(
+                f"initial_weights={config.initial_weights}: its codebook is {weights.codebook_size or 'none'}, this "
+                f"run's {config.codebook_size or 'none'}: networks of tokens begin from one of the same tokens"
+            )
         if weights.config != config.model:
             ours, theirs = flat_json(config.model), flat_json(weights.config)
             name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
