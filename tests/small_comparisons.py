@@ -4,6 +4,8 @@ import json
 
 from smalti.comparison.budget import training_flops
 from smalti.comparison.spec import ComparisonSpec, Contender
+from smalti.evaluation.cards import Extractor, Reference, card_to_json, make_card
+from smalti.evaluation.intervals import Estimate
 
 SMALL = ("model.width=32", "depth=1", "num_heads=2", "batch_size=8", "warmup_steps=2", "log_every=1")
 
@@ -21,7 +23,7 @@ def given_plan(spec, out, steps=16, minutes=1.0) -> None:
     speeds = [
         {
             "kind": "speed", "name": name, "step_seconds": 0.01, "call_seconds": 1e-4,
-            "step_flops": training_flops(config), "spent": 1.0,
+            "step_flops": training_flops(config), "run_seconds": 0.5, "spent": 1.0,
         }
         for name, config in spec.configs().items()
     ]  # fmt: skip
@@ -36,6 +38,12 @@ def given_plan(spec, out, steps=16, minutes=1.0) -> None:
     ]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cards(figures, count, judge="judge"):
+    """The cards of figures, as comparison.json has them."""
+    reference, extractor = Reference("held-out digits", 1000, "0"), Extractor(judge, judge)
+    return [card_to_json(make_card(m, Estimate(**v), count, reference, extractor)) for m, v in figures.items()]
 
 
 def figures(accuracy, fd, half=(0.01, 1.0)):

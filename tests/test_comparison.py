@@ -33,6 +33,7 @@ from smalti.comparison.run import run_comparison
 from smalti.comparison.scores import DigitsYardstick, proportion
 from smalti.comparison.spec import ComparisonSpec, Contender, parameter_count, spec_from_json
 from smalti.errors import UserError
+from smalti.evaluation.cards import Extractor, Reference, card_from_json
 from smalti.evaluation.judge import Judge
 from smalti.pipeline import load
 from smalti.recipes import recipe_names
@@ -45,7 +46,7 @@ def untrained_yardstick() -> DigitsYardstick:
         torch.manual_seed(0)
         judge = Judge().eval()
     real = np.random.default_rng(0).normal(size=(200, 64))
-    return DigitsYardstick(judge, real, 0.1)
+    return DigitsYardstick(judge, real, 0.1, Extractor("untrained", "0"), Reference("noise", 200, "0"))
 
 
 # --- specs
@@ -148,7 +149,7 @@ def test_unknown_specs_name_the_nearest(capsys):
 
 # --- plans
 
-SPEEDS = st.builds(Speed, st.floats(1e-3, 0.5), st.floats(1e-6, 1e-3), st.floats(1e6, 1e11))
+SPEEDS = st.builds(Speed, st.floats(1e-3, 0.5), st.floats(1e-6, 1e-3), st.floats(1e6, 1e11), st.floats(0, 2))
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,7 +169,7 @@ def test_plans_fill_the_budget_and_keep_it(speeds, minutes, scoring, match):
         for name, speed in named.items()
     )
     sampling = sampling_seconds(spec, named, scoring, plan.samples)
-    whole = 10.0 + training + sampling
+    whole = 10.0 + training + sampling + sum(speed.run_seconds for speed in speeds)
     assert whole <= 0.93 * 60 * minutes + 1e-6
     assert whole >= 0.93 * 60 * minutes - sum(speed.step_seconds for speed in speeds) - 1e-6  # whole steps
     assert FEWEST_SAMPLES <= plan.samples <= 1000
@@ -194,6 +195,7 @@ def test_speeds_are_measured(tmp_path):
     assert 0 < speed.step_seconds < 5
     assert 0 < speed.call_seconds < 0.5
     assert speed.step_flops == training_flops(config)
+    assert 0 < speed.run_seconds < 10
     assert not (tmp_path / "probe").exists()
 
 
@@ -253,6 +255,10 @@ def test_everything_is_in_one_file(finished):
     for row in body["scores"]:
         assert row["samples"] == 400
         assert set(row["figures"]) == {"accuracy", "fd", "kid"}
+        cards = {card.metric: card for card in map(card_from_json, row["cards"])}
+        assert cards["fd"].value == row["figures"]["fd"]["value"]
+        assert cards["fd"].num_samples == 400
+        assert (cards["kid"].drawing.network_calls, cards["kid"].drawing.run) == (row["calls"], row["name"])
         assert row["seconds_per_picture"] > 0
     assert [(row["name"], row["share"], row["step"], row["samples"]) for row in body["curves"]] == [
         (name, share, step, 100) for name in ("narrow", "wide") for share, step in ((0.25, 4), (0.5, 8), (0.75, 12))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small_comparisons import figures, small_spec
+from small_comparisons import cards, figures, small_spec
 
 from smalti.cli import main
 from smalti.comparison.budget import training_flops
@@ -89,6 +89,9 @@ def test_verdicts_say_what_the_intervals_say(values):
         assert winners == {verdict.winner}
         assert all(verdict.winner in ranking.level for ranking in verdict.rankings)
         assert headline([verdict]) == f"{verdict.winner} is better at 4 network calls."
+    elif verdict.kind == "chance":
+        assert all(p.figures["accuracy"].low <= 0.1 for p in points)
+        assert "by chance" in headline([verdict])
     elif verdict.kind == "none":
         assert not winners
         assert "no difference" in headline([verdict])
@@ -116,6 +119,14 @@ def test_verdicts_in_words():
     assert torn.kind == "split"
     assert torn.short == "a by judge accuracy; b by Frechet distance"
     assert headline([clear, torn]) == "a is better at 8 network calls; the two figures disagree at 8 network calls."
+
+
+def test_nobody_wins_among_those_that_draw_nothing():
+    verdict = judge_budget("4 network calls", [point("a", 0.10, 1500), point("b", 0.105, 1700)])
+    assert verdict.kind == "chance"
+    assert verdict.winner is None
+    assert "no contender draws what it is asked for better than by chance" in headline([verdict])
+    assert judge_budget("4 network calls", [point("a", 0.10, 1500), point("b", 0.5, 1700)]).kind != "chance"
 
 
 def test_a_sampler_that_diverged_is_worst():
@@ -174,6 +185,8 @@ def constructed(diverged=False, same_losses=True):
         for name in rows
         for share in (0.25, 0.5, 0.75)
     ]  # fmt: skip
+    for row in scores:
+        row["cards"] = cards(row["figures"], row["samples"])
     contenders = []
     for contender in spec.contenders:
         config = contender.config()
@@ -235,6 +248,13 @@ def test_losses_are_shown_only_where_they_mean_the_same():
     page = render(constructed(same_losses=False))
     assert "Validation loss against" not in page
     assert "losses are of different quantities" in page
+
+
+def test_cards_that_do_not_match_are_not_compared():
+    body = constructed()
+    body["scores"][2]["cards"] = cards(body["scores"][2]["figures"], 100, judge="another")
+    with pytest.raises(UserError, match="another"):
+        render(body)
 
 
 def test_infinite_figures_have_a_page():

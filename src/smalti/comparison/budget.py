@@ -5,14 +5,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from smalti.comparison.scores import labels_of
 from smalti.comparison.spec import FEWEST_SAMPLES, ComparisonSpec
 from smalti.config import Budget, RunConfig
 from smalti.errors import UserError
 from smalti.models.registry import forward_flops
-from smalti.pipeline import load
+from smalti.pipeline import Pipeline, load
 from smalti.training.display import SilentDisplay
 from smalti.training.loop import train
 
@@ -24,15 +23,20 @@ _MOST_SAMPLING_SHARE = 0.5  # where the fewest pictures take more than that
 _TRAINING_UNTIL = 0.93  # of the budget: what is planned; the rest is for what takes longer than measured
 _SAMPLING_UNTIL = 1.08  # of the budget: when pictures are to be judged at the latest, by the speeds measured
 _FEWEST_STEPS = 5
+_PREVIEW_PICTURES = 40
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A contender on this machine. step_seconds: of training; call_seconds: a network call for one picture, guided."""
+    """A contender on this machine. step_seconds: of training; call_seconds: a network call for one picture, guided.
+
+    run_seconds: of what a run does besides steps: opening, validating, saving, a picture at its end.
+    """
 
     step_seconds: float
     call_seconds: float
     step_flops: float
+    run_seconds: float = 0.0
 
     @property
     def seconds_per_flop(self) -> float:
@@ -42,7 +46,7 @@ class Speed:
 
 def training_flops(config: RunConfig) -> float:
     """Operations of a training step: a backward counts two forwards."""
-    return 3.0 * forward_flops(config.model) * config.loop.batch_size
+    return 3.0 * forward_flops(config.model, codebook_size=config.codebook_size) * config.loop.batch_size
 
 
 class StepClock(SilentDisplay):
@@ -56,10 +60,8 @@ class StepClock(SilentDisplay):
         self.moments.append(time.perf_counter())
 
 
-def network_steps(pipe: Any, calls: int) -> int:
+def network_steps(pipe: Pipeline, calls: int) -> int:
     """The most solver steps within so many network calls. Raises UserError where even one takes more."""
-    if not hasattr(pipe, "plan"):
-        return calls
     for steps in range(calls, 0, -1):
         if pipe.plan(steps).num_calls <= calls:
             return steps
@@ -77,7 +79,9 @@ def measure_speed(config: RunConfig, folder: Path, steps: int) -> Speed:
         loop=replace(config.loop, validate_every=never, preview_every=never, checkpoint_every=never),
         sampling=replace(config.sampling, num_inference_steps=2),
     )
+    began = time.perf_counter()
     train(probe, folder, display=clock)
+    whole = time.perf_counter() - began
     moments = clock.moments  # from the first step's end: it is slower than the rest
     step = (moments[-1] - moments[0]) / (steps - 1)
     pipe = load(folder)
@@ -88,7 +92,9 @@ def measure_speed(config: RunConfig, folder: Path, steps: int) -> Speed:
         pipe(labels_of(SAMPLING_BATCH), num_inference_steps=network_steps(pipe, calls), batch_size=SAMPLING_BATCH)
         durations.append(time.perf_counter() - began)
     shutil.rmtree(folder)
-    return Speed(step, min(durations) / (calls * SAMPLING_BATCH), training_flops(config))
+    call = min(durations) / (calls * SAMPLING_BATCH)
+    preview = _PREVIEW_PICTURES * max(0, config.sampling.num_inference_steps - calls) * call
+    return Speed(step, call, training_flops(config), max(0.0, whole - steps * step) + preview)
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,8 @@ def plan_training(
             f"--minutes {minutes:g} is too short here: drawing and judging {FEWEST_SAMPLES} pictures at "
             f"{', '.join(map(str, spec.calls))} calls of each contender needs a budget of {_minutes(least)}"
         )
-    left = _TRAINING_UNTIL * total - spent - sampling_seconds(spec, speeds, scoring, samples)
+    besides = sum(speed.run_seconds for speed in speeds.values())
+    left = _TRAINING_UNTIL * total - spent - besides - sampling_seconds(spec, speeds, scoring, samples)
     if spec.match == "minutes":
         plan = TrainingPlan(samples, minutes=max(left, 0.0) / len(speeds) / 60 or 1e-9)
     elif spec.match == "parameters":
@@ -174,7 +181,7 @@ def plan_training(
         plan = TrainingPlan(samples, steps={name: int(flops / speed.step_flops) for name, speed in speeds.items()})
     for name, speed in speeds.items():
         if left <= 0 or plan.expected_steps(name, speed) < _FEWEST_STEPS:
-            short = _FEWEST_STEPS * sum(s.step_seconds for s in speeds.values()) * len(speeds) + spent
+            short = _FEWEST_STEPS * sum(s.step_seconds for s in speeds.values()) * len(speeds) + spent + besides
             raise UserError(
                 f"--minutes {minutes:g} is too short here: {name} would train fewer than {_FEWEST_STEPS} steps; give "
                 f"at least {_minutes(max(2 * minutes, short / (_TRAINING_UNTIL - _MOST_SAMPLING_SHARE) / 60))}"

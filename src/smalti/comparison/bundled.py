@@ -14,7 +14,7 @@ _UNET = ("model=unet", "model.widths=16,24,64", "optimizer=adamw", "optimizer.le
 _BUNDLED = (
     ComparisonSpec(
         "unet-vs-dit",
-        "At equal training FLOPs and about equal parameters, which draws digits better: a U-Net or a DiT?",
+        "Which makes better digits of the same training FLOPs: a U-Net of convolutions or a DiT?",
         (Contender("unet", set=_UNET), _DIT),
     ),
     ComparisonSpec(

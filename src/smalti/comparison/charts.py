@@ -12,6 +12,7 @@ COLOURS = ("#3b82d6", "#e07b2a", "#2f9e5b", "#b0509f", "#8a7a1f", "#5b5fc7")
 """Of the contenders, in their order."""
 _MARKERS = "osD^vP"
 _INK = "#010203"  # what becomes the page's text colour
+_ASIDE = 1.03
 _SIZE = (5.0, 3.3)  # inches; small, so that text stays readable at 400 pixels
 
 
@@ -47,7 +48,7 @@ def line_chart(
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     ink: dict[Any, Any] = {
         name: _INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
@@ -62,7 +63,10 @@ def line_chart(
         for line in lines:
             if not line.points:
                 continue
-            x, y, low, high = zip(*sorted(line.points), strict=True)
+            places, y, low, high = zip(*sorted(line.points), strict=True)
+            x = list(places)
+            if x_ticks:  # of the same places: beside each other, so that no bar hides another
+                x = [place * _ASIDE ** (line.number - (len(lines) - 1) / 2) for place in x]
             below = [max(0.0, a - b) for a, b in zip(y, low, strict=True)]
             above = [max(0.0, b - a) for a, b in zip(y, high, strict=True)]
             axes.errorbar(
@@ -70,11 +74,17 @@ def line_chart(
                 marker=_MARKERS[line.number % len(_MARKERS)], markersize=5, linewidth=1.6, elinewidth=1,
             )  # fmt: skip
         if level is not None:
-            axes.axhline(level[0], color=_INK, linewidth=0.8, linestyle=":", label=level[1])
+            axes.axhline(level[0], color=_INK, linewidth=1.2, linestyle=":", label=level[1])
         if x_log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
         if y_log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_locator(NullLocator())
         if x_ticks:
             axes.set_xticks(list(x_ticks), [f"{tick:g}" for tick in x_ticks])
             axes.xaxis.set_minor_locator(NullLocator())

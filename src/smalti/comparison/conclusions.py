@@ -38,6 +38,7 @@ ACCURACY = Metric("accuracy", "judge accuracy", True, 100.0, " %")
 FRECHET = Metric("fd", "Frechet distance", False)
 KERNEL = Metric("kid", "kernel distance", False, digits=3)
 DECIDING = (ACCURACY, FRECHET)
+CHANCE = 0.1  # accuracy of pictures that have nothing to do with their labels, of ten classes
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Verdict:
     """What a budget's intervals show. budget: in words; absent: contenders that have nothing within it.
 
     kind: "winner" (by one metric at least, and no other contradicts), "split" (metrics name different winners),
-    "none" (no difference shown) or "alone" (one contender only).
+    "none" (no difference shown), "chance" (no contender's pictures are read better than by chance) or "alone" (one
+    contender only).
     """
 
     budget: str
@@ -127,7 +129,9 @@ class Verdict:
             return str(self.winner)
         if self.kind == "split":
             return "; ".join(f"{listed(r.level)} by {r.metric.name}" for r in self.rankings)
-        return "only " + self.points[0].contender if self.kind == "alone" else "no difference shown"
+        if self.kind == "alone":
+            return f"only {self.points[0].contender}"
+        return "none draws its labels" if self.kind == "chance" else "no difference shown"
 
 
 def judge_budget(budget: str, points: Sequence[Point], absent: Sequence[str] = ()) -> Verdict:
@@ -135,7 +139,9 @@ def judge_budget(budget: str, points: Sequence[Point], absent: Sequence[str] = (
     rankings = tuple(rank(metric, points) for metric in DECIDING)
     winners = {ranking.winner for ranking in rankings if ranking.winner is not None}
     kind, winner = "none", None
-    if len(points) == 1:
+    if all(point.figures[ACCURACY.key].low <= CHANCE for point in points):
+        kind = "chance"  # who is nearer to digits among those that draw none is no answer
+    elif len(points) == 1:
         kind = "alone"
     elif len(winners) == 1:
         (candidate,) = winners
@@ -213,6 +219,11 @@ def headline(verdicts: Sequence[Verdict]) -> str:
     split = [verdict for verdict in verdicts if verdict.kind == "split"]
     if split:
         parts.append(f"the two figures disagree at {_budgets(split)}")
+    chance = [verdict for verdict in verdicts if verdict.kind == "chance"]
+    if chance:
+        parts.append(
+            f"at {_budgets(chance)} no contender draws what it is asked for better than by chance: train for longer"
+        )
     alone = [verdict for verdict in verdicts if verdict.kind == "alone"]
     if alone:
         parts.append(f"only one contender has anything to show at {_budgets(alone)}")

@@ -24,6 +24,7 @@ from smalti.comparison.conclusions import (
 )
 from smalti.comparison.run import FORMAT, paths
 from smalti.errors import UserError
+from smalti.evaluation.cards import Card, card_from_json, check_comparable
 from smalti.evaluation.intervals import Estimate
 from smalti.run_folder import write_text
 
@@ -82,8 +83,17 @@ class Conclusion:
     diverged: tuple[str, ...]
 
 
+def _check_cards(body: Mapping[str, Any]) -> None:
+    """Raise UserError where figures do not mean the same: of other judges, references or numbers of pictures."""
+    first: dict[str, Card] = {}
+    for row in body["scores"]:
+        for card in map(card_from_json, row["cards"]):
+            check_comparable(first.setdefault(card.metric, card), card)
+
+
 def conclude(body: Mapping[str, Any]) -> Conclusion:
-    """The conclusion that comparison.json's intervals allow."""
+    """The conclusion that comparison.json's intervals allow. Raises UserError where its cards do not match."""
+    _check_cards(body)
     names = [contender["name"] for contender in body["contenders"]]
     points = points_of(body["scores"])
     calls, seconds = verdicts_by_calls(points, names), verdicts_by_seconds(points, names)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ from smalti.comparison.pictures import grid_png
 from smalti.comparison.scores import DigitsYardstick, digits_yardstick, labels_of
 from smalti.comparison.spec import ComparisonSpec, parameter_count
 from smalti.config import RunConfig, to_json
+from smalti.data.fingerprint import fingerprint
 from smalti.errors import UserError
+from smalti.evaluation.cards import Drawing, card_to_json
 from smalti.evaluation.intervals import Estimate
 from smalti.models.registry import forward_flops
 from smalti.pipeline import load
@@ -55,6 +57,7 @@ FORMAT = 1
 Progress = Callable[[str, float], None]
 """Told what is being done, and which share of that is done."""
 _PROBE_STEPS = 8  # to measure a contender's speed; three times as many where there is time
+_VALIDATED_STEPS = 800  # of a run that is validated on its way
 _KEPT = 8  # checkpoints of a run, evenly spread: learning curves and resuming are of them
 
 
@@ -209,7 +212,7 @@ def _speeds(
             began = time.perf_counter()
             speed = measure_speed(config, out / "probe", _PROBE_STEPS if minutes < 5 else 3 * _PROBE_STEPS)
             found = journal.add("speed", time.perf_counter() - began, name=name, **asdict(speed))
-        speeds[name] = Speed(found["step_seconds"], found["call_seconds"], found["step_flops"])
+        speeds[name] = Speed(**{field.name: found[field.name] for field in fields(Speed)})
     return speeds, float(row["seconds"])
 
 
@@ -238,8 +241,14 @@ def _train(
         return
     steps = plan.expected_steps(name, speed)
     every = max(1, steps // _KEPT)
+    # A validation takes as long as some five steps: often in a long run, in a short one only at its end.
+    validate_every = every if steps >= _VALIDATED_STEPS else 10**9
     loop = replace(
-        config.loop, validate_every=every, checkpoint_every=every, preview_every=10**9, keep_checkpoints=_KEPT + 2
+        config.loop,
+        validate_every=validate_every,
+        checkpoint_every=every,
+        preview_every=10**9,
+        keep_checkpoints=_KEPT + 2,
     )
     config = replace(config, budget=plan.budget(name), loop=loop)
     folder = RunFolder(paths(out)[1] / name)
@@ -344,6 +353,16 @@ def _drawn_and_judged(
         )
         seconds = time.perf_counter() - began
     figures: dict[str, Estimate] = judge.figures(output.tensor, labels)
+    assert isinstance(pipe.backbone, torch.nn.Module)
+    drawing = Drawing(
+        run=run.name,
+        weights=fingerprint("network", dict(pipe.backbone.state_dict())),
+        process=pipe.process.name,
+        solver=pipe.config.sampling.solver,
+        network_calls=output.plan.num_calls,
+        guidance_scale=pipe.config.sampling.guidance_scale,
+        seed=0,
+    )
     grid = {"grid": grid_png(output.tensor)} if with_grid else {}
     return {
         "samples": samples,
@@ -351,7 +370,9 @@ def _drawn_and_judged(
         "seconds": seconds,
         "seconds_per_picture": seconds / samples,
         "peak_bytes": memory.bytes,
+        "network_calls": output.plan.num_calls,
         "figures": {key: asdict(estimate) for key, estimate in figures.items()},
+        "cards": [card_to_json(card) for card in judge.cards(figures, samples, drawing)],
         **grid,
     }
 
@@ -400,7 +421,7 @@ def _gathered(
             "architecture": config.model.kind,
             "process": getattr(config, "process", None),
             "parameters": parameter_count(config),
-            "forward_flops": forward_flops(config.model),
+            "forward_flops": forward_flops(config.model, codebook_size=config.codebook_size),
             "training_flops": None if training["steps"] is None else step_flops * training["steps"],
             "images": None if training["steps"] is None else training["steps"] * config.loop.batch_size,
             "training": training,

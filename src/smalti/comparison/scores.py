@@ -8,6 +8,8 @@ from torch import Tensor
 
 from smalti.data.digits import load_digits
 from smalti.data.rows import to_signed_unit
+from smalti.evaluation.cards import Card, Drawing, Extractor, Reference, make_card
+from smalti.evaluation.features import extractor_of, judge_feature_network, reference_of
 from smalti.evaluation.frechet import frechet_distance
 from smalti.evaluation.intervals import Estimate, Features
 from smalti.evaluation.judge import Judge, held_out_accuracy, judge_features, load_judge
@@ -35,6 +37,8 @@ class DigitsYardstick:
     judge: Judge
     real: Features
     held_out_accuracy: float
+    extractor: Extractor
+    reference: Reference
 
     def figures(self, pictures: Tensor, labels: Tensor) -> dict[str, Estimate]:
         """accuracy, fd and kid of pictures [count, 1, 28, 28] in [-1, 1] that were asked for with labels [count]."""
@@ -44,6 +48,10 @@ class DigitsYardstick:
             "accuracy": proportion(int((predicted == labels).sum()), len(labels)),
             **{name: metric_named(name).estimate(resample(name, drawn, self.real)) for name in ("fd", "kid")},
         }
+
+    def cards(self, figures: dict[str, Estimate], count: int, drawing: Drawing) -> list[Card]:
+        """figures() of count pictures as cards, which say what they depend on."""
+        return [make_card(key, e, count, self.reference, self.extractor, drawing) for key, e in figures.items()]
 
     def floor(self, count: int) -> float:
         """The Frechet distance of as many training pictures: what drawing could at best reach."""
@@ -57,7 +65,13 @@ def digits_yardstick() -> DigitsYardstick:
     judge = load_judge()
     _, held_out = load_digits()
     real, _ = judge_features(judge, to_signed_unit(held_out.images))
-    return DigitsYardstick(judge, real.double().numpy(), held_out_accuracy(judge, held_out))
+    return DigitsYardstick(
+        judge,
+        real.double().numpy(),
+        held_out_accuracy(judge, held_out),
+        extractor_of(judge_feature_network(judge)),
+        reference_of("held-out digits", held_out),
+    )
 
 
 def labels_of(count: int) -> Tensor:

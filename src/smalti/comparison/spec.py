@@ -112,7 +112,7 @@ class ComparisonSpec:
 def parameter_count(config: RunConfig) -> int:
     """Parameters of a run's network."""
     with torch.device("meta"):
-        return sum(count_parameters(network_of(config.model)).values())
+        return sum(count_parameters(network_of(config.model, config.codebook_size)).values())
 
 
 def _known_keys(cls: type, body: Any, where: str) -> dict[str, Any]:
