@@ -36,7 +36,7 @@ class Metric:
 
 ACCURACY = Metric("accuracy", "judge accuracy", True, 100.0, " %")
 FRECHET = Metric("fd", "Frechet distance", False)
-KERNEL = Metric("kid", "kernel distance", False, digits=3)
+KERNEL = Metric("kid", "kernel distance", False)
 DECIDING = (ACCURACY, FRECHET)
 CHANCE = 0.1  # accuracy of pictures that have nothing to do with their labels, of ten classes
 
