@@ -29,13 +29,15 @@ from smalti.comparison.budget import (
 )
 from smalti.comparison.bundled import bundled_specs, find_spec
 from smalti.comparison.memory import peak_memory
+from smalti.comparison.pictures import grid_png
 from smalti.comparison.run import run_comparison
 from smalti.comparison.scores import DigitsYardstick, proportion
 from smalti.comparison.spec import ComparisonSpec, Contender, parameter_count, spec_from_json
 from smalti.errors import UserError
 from smalti.evaluation.cards import Extractor, Reference, card_from_json
 from smalti.evaluation.judge import Judge
-from smalti.pipeline import load
+from smalti.models import build_model
+from smalti.pipeline import Pipeline, load
 from smalti.recipes import recipe_names
 from smalti.run_folder import read_config, read_rows
 
@@ -199,10 +201,11 @@ def test_speeds_are_measured(tmp_path):
     assert not (tmp_path / "probe").exists()
 
 
-def test_calls_of_solvers_that_call_twice(trained_pipeline):
-    assert network_steps(trained_pipeline, 8) == 8
-    heun = replace(trained_pipeline.config.sampling, solver="edm_heun")
-    twice = replace(trained_pipeline, config=replace(trained_pipeline.config, sampling=heun))
+def test_calls_of_solvers_that_call_twice():
+    config = small_spec().configs()["narrow"]
+    pipe = Pipeline(build_model(config.model), config)
+    assert network_steps(pipe, 8) == 8
+    twice = replace(pipe, config=replace(config, sampling=replace(config.sampling, solver="edm_heun")))
     assert twice.plan(network_steps(twice, 8)).num_calls <= 8
     assert twice.plan(network_steps(twice, 8) + 1).num_calls > 8
 
@@ -279,8 +282,6 @@ def test_pictures_do_not_depend_on_the_contender_s_place(finished):
     _, out, _ = finished
     grids = {row["name"]: row["grid"] for row in read_rows(out / "rows.jsonl") if row.get("calls") == 3}
     pipe = load(out / "runs" / "wide")
-    from smalti.comparison.pictures import grid_png
-
     again = pipe(torch.arange(400) % 10, num_inference_steps=3, batch_size=100).tensor
     assert grid_png(again) == grids["wide"] != grids["narrow"]
 
@@ -323,6 +324,7 @@ torch.set_num_threads(2)
 from pathlib import Path
 from small_comparisons import small_spec
 from test_comparison import untrained_yardstick
+from smalti.comparison.pictures import grid_png
 from smalti.comparison.run import run_comparison
 run_comparison(small_spec(), Path({out!r}), minutes=1.0, yardstick=untrained_yardstick,
                progress=lambda text, share: print(text, flush=True))
