@@ -10,7 +10,8 @@ from smalti.data.order import batch_indices
 from smalti.data.rows import to_bytes, to_signed_unit
 from smalti.errors import UserError
 from smalti.evaluation.digits import evaluate_run
-from smalti.evaluation.frechet import bootstrap, frechet_distance
+from smalti.evaluation.frechet import frechet_distance
+from smalti.evaluation.intervals import bootstrap
 
 
 def test_frechet_equals_the_closed_form_by_scipy():

@@ -30,6 +30,8 @@ from smalti.cli_arguments import (
     Tune,
 )
 from smalti.cli_chaos import chaos_command
+from smalti.cli_compare import compare_command
+from smalti.cli_compare_arguments import Compare
 from smalti.cli_data import data_command
 from smalti.cli_data_arguments import Data
 from smalti.cli_doctor import doctor_command, replay_nan_command
@@ -423,6 +425,7 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Chaos: chaos_command,
     Top: top_command,
     Mup: mup_command,
+    Compare: compare_command,
     Info: _info,
     Completion: _completion,
 }

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from smalti.cli_compare_arguments import Compare
 from smalti.cli_data_arguments import Data
 from smalti.cli_ema_arguments import Ema
 from smalti.cli_latents_arguments import TrainAutoencoder, TrainTokenizer
@@ -417,6 +418,7 @@ COMMANDS: dict[str, type[Any]] = {
     "chaos": Chaos,
     "top": Top,
     "mup": Mup,
+    "compare": Compare,
     "info": Info,
     "completion": Completion,
 }

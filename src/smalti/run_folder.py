@@ -117,6 +117,26 @@ def write_json(path: Path, body: Any) -> None:
     write_text(path, json.dumps(finite_json(body), indent=2, allow_nan=False) + "\n")
 
 
+def append_row(path: Path, row: Any) -> None:
+    """Write a row of JSON at the end of a JSONL file, on a line of its own also where a kill tore the last one."""
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write(("\n" if torn else "") + json.dumps(finite_json(row)) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, none where there is no file. A line that a kill tore is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
 def read_config(path: Path) -> RunConfig:
     """The config of a run directory. Raises UserError where there is no run or its config does not parse."""
     folder = RunFolder(path)

@@ -11,7 +11,8 @@ import torch
 from smalti.data.digits import load_digits
 from smalti.data.rows import to_signed_unit
 from smalti.errors import UserError
-from smalti.evaluation.frechet import Estimate, bootstrap, frechet_distance
+from smalti.evaluation.frechet import frechet_distance
+from smalti.evaluation.intervals import Estimate, bootstrap
 from smalti.evaluation.judge import held_out_accuracy, judge_features, load_judge
 from smalti.pipeline import load
 from smalti.run_folder import RunFolder, finite_json, write_json

@@ -1,21 +1,9 @@
-"""The Frechet distance between two sets of features, and bootstrap intervals."""
-
-from collections.abc import Callable
-from dataclasses import dataclass
+"""The Frechet distance between two sets of features (FID, FD-DINOv2, by what computed the features)."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-Features = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its bootstrap 95 % interval."""
-
-    value: float
-    low: float
-    high: float
+from smalti.evaluation.intervals import REPLICATES, Features, Resampled, drawn_counts
 
 
 def frechet_distance(a: Features, b: Features) -> float:
@@ -29,24 +17,53 @@ def frechet_distance(a: Features, b: Features) -> float:
         return float("inf")
     mean_gap = a.mean(axis=0) - b.mean(axis=0)
     covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(covariance_a)
-    root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    root_a = _square_root(covariance_a)
     cross = np.linalg.eigvalsh(root_a @ covariance_b @ root_a)
     trace = np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.sqrt(np.clip(cross, 0, None)).sum()
     return float(mean_gap @ mean_gap + trace)
 
 
-def bootstrap(
-    statistic: Callable[[NDArray[np.int64]], float], rows: int, replicates: int = 200, seed: int = 0
-) -> Estimate:
-    """statistic(indices) on all rows, with a 95 % interval from resampled rows.
+def _square_root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    values, vectors = np.linalg.eigh(covariance)
+    root: NDArray[np.float64] = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    return root
 
-    The interval is the replicates' spread moved onto the estimate, since resampling biases a Frechet distance upward.
-    Source: Efron and Tibshirani 1993, chapter 10.
+
+def resampled_frechet(samples: Features, reference: Features, replicates: int = REPLICATES, seed: int = 0) -> Resampled:
+    """frechet_distance of samples [rows, width] to a fixed reference, and of samples drawn from them with replacement.
+
+    With Z = samples B^(1/2), which is computed once, tr (A B)^(1/2) is the sum of the singular values of the centred Z
+    over (rows - 1)^(1/2): a replicate costs the eigenvalues of a matrix of the smaller of width and rows.
     """
-    value = statistic(np.arange(rows))
-    generator = np.random.Generator(np.random.Philox(seed))
-    replicate_values = np.array([statistic(generator.integers(0, rows, rows)) for _ in range(replicates)])
-    shift = value - replicate_values.mean()
-    low, high = np.quantile(replicate_values + shift, [0.025, 0.975])
-    return Estimate(value, float(low), float(high))
+    value = frechet_distance(samples, reference)
+    if not np.isfinite(value):
+        return Resampled(value, np.full(replicates, value))
+    rows, width = samples.shape
+    reference_mean, covariance = reference.mean(axis=0), np.cov(reference, rowvar=False)
+    centred = samples - reference_mean
+    turned = centred @ _square_root(covariance)
+    lengths = (centred**2).sum(axis=1)
+    gram = turned @ turned.T if rows < width else None
+    values = []
+    for counts in drawn_counts(rows, replicates, seed):
+        weights = counts / rows
+        mean_gap = weights @ centred
+        own_trace = (weights @ lengths - mean_gap @ mean_gap) * rows / (rows - 1)
+        if gram is None:
+            mean = weights @ turned
+            spread = (turned.T * weights) @ turned - np.outer(mean, mean)
+        else:
+            drawn = np.flatnonzero(counts)
+            spread = _centred_gram(gram[np.ix_(drawn, drawn)], weights[drawn])
+        cross = np.linalg.eigvalsh(spread * (rows / (rows - 1)))
+        roots = np.sqrt(np.clip(cross, 0, None)).sum()
+        values.append(mean_gap @ mean_gap + own_trace + np.trace(covariance) - 2 * roots)
+    return Resampled(value, np.array(values))
+
+
+def _centred_gram(gram: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """W^(1/2) (Z - mean) (Z - mean)^T W^(1/2) from Z Z^T: it has the weighted covariance's eigenvalues, but for 0s."""
+    to_mean = gram @ weights
+    centred = gram - to_mean[:, None] - to_mean[None] + weights @ to_mean
+    roots = np.sqrt(weights)
+    return np.asarray(centred * roots[:, None] * roots[None])

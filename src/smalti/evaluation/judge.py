@@ -1,4 +1,4 @@
-"""The judge: a small convolutional classifier of digits, trained once on the bundled rows and cached.
+"""The judge: a small convolutional classifier, trained once on labelled rows and cached: the bundled digits or any.
 
 Its accuracy on class-conditional samples says whether they are what was asked for; its features carry the Frechet
 distance. Seconds on a CPU, and nothing to download.
@@ -6,6 +6,7 @@ distance. Seconds on a CPU, and nothing to download.
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +14,29 @@ from torch import Tensor, nn
 
 from smalti import rng
 from smalti.data.digits import load_digits
+from smalti.data.fingerprint import fingerprint
 from smalti.data.order import batch_indices
-from smalti.data.rows import PicturesInMemory, to_signed_unit
+from smalti.data.rows import PicturesInMemory, TrainingRows
+from smalti.errors import UserError
+from smalti.evaluation.resizing import resized
 from smalti.run_folder import cache_folder
 
 FEATURE_WIDTH = 64
 _VERSION = 1  # of what is cached: raise it with any change to the network, its training or its data
 _EPOCHS, _BATCH_SIZE, _LEARNING_RATE = 12, 128, 4e-3
+_FEWEST_STEPS = 300  # of a few pictures: more epochs
+_SMALLEST, _LARGEST = 8, 32  # sides of what the judge looks at
 
 
 class Judge(nn.Module):
-    """Three convolutions, a feature layer, ten logits."""
+    """Three convolutions, a feature layer, a logit a class. Pictures of another size are resized to image_size."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int = 1, image_size: tuple[int, int] = (28, 28), num_classes: int = 10) -> None:
         super().__init__()
+        self.in_channels, self.image_size = in_channels, image_size
+        places = [((side + 1) // 2) // 2 // 2 for side in image_size]
         self.convolutions = nn.Sequential(
-            nn.Conv2d(1, 24, 5, stride=2, padding=2),
+            nn.Conv2d(in_channels, 24, 5, stride=2, padding=2),
             nn.BatchNorm2d(24),
             nn.ReLU(),
             nn.Conv2d(24, 48, 3, padding=1),
@@ -41,15 +49,15 @@ class Judge(nn.Module):
             nn.MaxPool2d(2),
             nn.Flatten(),
         )
-        self.feature_layer = nn.Linear(96 * 9, FEATURE_WIDTH)
-        self.classifier = nn.Linear(FEATURE_WIDTH, 10)
+        self.feature_layer = nn.Linear(96 * places[0] * places[1], FEATURE_WIDTH)
+        self.classifier = nn.Linear(FEATURE_WIDTH, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Pictures [batch, 1, 28, 28] in [-1, 1] -> features [batch, 64]."""
-        return F.relu(self.feature_layer(self.convolutions(images)))
+        """Pictures [batch, channels, height, width] in [-1, 1] -> features [batch, 64]."""
+        return F.relu(self.feature_layer(self.convolutions(resized(images, self.image_size))))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures [batch, 1, 28, 28] in [-1, 1] -> logits [batch, 10]."""
+        """Pictures [batch, channels, height, width] in [-1, 1] -> logits [batch, classes]."""
         return self.classifier(self.features(images))  # type: ignore[no-any-return]
 
 
@@ -69,19 +77,31 @@ def distort(images: Tensor, step: int, seed: int) -> Tensor:
     return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
-def train_judge(seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Judge:
-    """A judge trained on rows 0 .. 8999; progress(step, steps) is called after each step."""
-    training_rows, _ = load_digits()
+def _untrained_judge(rows: TrainingRows, num_classes: int) -> Judge:
+    channels, height, width = rows.shape
+    size = (min(max(height, _SMALLEST), _LARGEST), min(max(width, _SMALLEST), _LARGEST))
+    return Judge(channels, size, num_classes)
+
+
+def train_judge(
+    rows: TrainingRows, num_classes: int = 10, seed: int = 0, progress: Callable[[int, int], None] | None = None
+) -> Judge:
+    """A judge of rows with class labels; progress(step, steps) is called after each step.
+
+    Looks at the rows' own size, but at sides of at least 8 and at most 32 pixels.
+    """
+    assert rows.class_labels is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge()
+        judge = _untrained_judge(rows, num_classes)
     judge.train()
-    steps = _EPOCHS * len(training_rows) // _BATCH_SIZE
+    steps = max(_FEWEST_STEPS, _EPOCHS * len(rows) // _BATCH_SIZE)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=_LEARNING_RATE, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
     for step in range(steps):
-        images, labels = training_rows.labelled(batch_indices(step, _BATCH_SIZE, len(training_rows), seed))
-        loss = F.cross_entropy(judge(distort(images, step, seed)), labels)
+        batch = batch_indices(step, _BATCH_SIZE, len(rows), seed)
+        images = resized(rows.read(batch), judge.image_size)
+        loss = F.cross_entropy(judge(distort(images, step, seed)), rows.class_labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -98,19 +118,35 @@ def judge_features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     return features, judge.classifier(features).argmax(dim=1)
 
 
-def held_out_accuracy(judge: Judge, held_out: PicturesInMemory) -> float:
+def held_out_accuracy(judge: Judge, held_out: TrainingRows) -> float:
     """Share of held-out rows that the judge reads right."""
     assert held_out.class_labels is not None
-    _, predicted = judge_features(judge, to_signed_unit(held_out.images))
+    _, predicted = judge_features(judge, held_out.read(torch.arange(len(held_out))))
     return float((predicted == held_out.class_labels).float().mean())
 
 
 def load_judge(progress: Callable[[int, int], None] | None = None) -> Judge:
-    """The cached judge, trained first where there is none; a damaged cache is trained again."""
+    """The cached judge of the bundled digits, trained first where there is none."""
+    return _cached(cache_folder() / f"judge-v{_VERSION}.safetensors", load_digits()[0], 10, progress)
+
+
+def load_class_judge(
+    rows: PicturesInMemory, num_classes: int, progress: Callable[[int, int], None] | None = None
+) -> Judge:
+    """The cached judge of any rows with class labels, by the SHA-256 of pictures and labels; trained first where there
+    is none. Raises UserError for rows without labels, of fewer than two classes."""
+    if rows.class_labels is None or num_classes < 2:
+        raise UserError(f"num_classes={num_classes}: a judge needs pictures of two classes or more, with labels")
+    own = fingerprint(f"{num_classes} classes", {"images": rows.images, "labels": rows.class_labels})
+    path = cache_folder() / f"judge-v{_VERSION}-{own[:16]}.safetensors"
+    return _cached(path, rows, num_classes, progress)
+
+
+def _cached(path: Path, rows: TrainingRows, num_classes: int, progress: Callable[[int, int], None] | None) -> Judge:
+    """The judge in a file; trained on rows and written where there is none or it is damaged."""
     from safetensors.torch import load_file, save_file
 
-    path = cache_folder() / f"judge-v{_VERSION}.safetensors"
-    judge = Judge().eval()
+    judge = _untrained_judge(rows, num_classes).eval()
     if path.exists():
         try:
             judge.load_state_dict(load_file(path))
@@ -118,7 +154,7 @@ def load_judge(progress: Callable[[int, int], None] | None = None) -> Judge:
             path.unlink(missing_ok=True)
         else:
             return judge
-    judge = train_judge(progress=progress)
+    judge = train_judge(rows, num_classes, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     save_file(judge.state_dict(), partial)

@@ -7,7 +7,7 @@ from typing import Any
 
 from smalti.data.rows import PicturesInMemory
 from smalti.errors import UserError
-from smalti.evaluation.frechet import Estimate
+from smalti.evaluation.intervals import Estimate
 from smalti.evaluation.retrieval import (
     RetrievalConfig,
     RetrievalReport,

@@ -38,7 +38,8 @@ from smalti.config import from_json, to_json
 from smalti.data.order import batch_indices
 from smalti.data.rows import PicturesInMemory
 from smalti.errors import UserError
-from smalti.evaluation.frechet import Estimate, bootstrap
+from smalti.evaluation.intervals import Estimate, bootstrap
+from smalti.evaluation.resizing import resized
 from smalti.types import required_field
 
 _VERSION = 1  # of what is cached: raise it with any change to the networks or their training
@@ -129,15 +130,6 @@ class RetrievalJudge(nn.Module):
         """Cosine of each picture to each caption, [pictures, captions], in batches of 500."""
         texts = torch.cat([self.embed_captions(captions[i : i + 500]) for i in range(0, len(captions), 500)])
         return torch.cat([self.embed_pictures(part) for part in images.split(500)]) @ texts.T
-
-
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures at the judge's size: means over areas where they are larger, bilinear where smaller."""
-    if tuple(images.shape[-2:]) == size:
-        return images
-    if images.shape[-2] >= size[0] and images.shape[-1] >= size[1]:
-        return F.interpolate(images, size, mode="area")
-    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def jitter(images: Tensor, step: int, seed: int, shift: int, colour: float) -> Tensor:

@@ -66,6 +66,7 @@ def _write_config(config: DiTConfig) -> dict[str, Any]:
             ("activation", config.activation, "gelu_tanh"),
             ("mlp_ratio", config.mlp_ratio, 4.0),
             ("frequency_shift", config.frequency_shift, 1.0),
+            ("conditioning", config.conditioning, "adaln_zero"),
             ("image_size", config.image_size, (config.image_size[0],) * 2),
         )
         if value != needed
@@ -144,6 +145,12 @@ def _original_config(tensors: Mapping[str, Tensor]) -> DiTConfig | None:
 
 
 def _original(config: DiTConfig) -> Layout:
+    if config.conditioning != "adaln_zero":
+        raise UserError(
+            f"the original DiT's format cannot express model.conditioning={config.conditioning!r}: only adaln_zero was "
+            "published; train with that"
+        )
+
     def block(i: int) -> tuple[Rule, ...]:
         name = f"blocks.{i}"
         return (

@@ -118,6 +118,12 @@ class _Anatomy:
     fresh: tuple[tuple[str, str], ...] = ()
 
 
+def _dit_changed(old: DiTConfig, changes: dict[str, Any]) -> DiTConfig:
+    if old.conditioning != "adaln_zero":
+        raise UserError(f"a DiT with conditioning={old.conditioning!r} cannot be adapted: only adaln_zero can")
+    return replace(old, **changes)
+
+
 def _uvit_chains(old: int, new: int) -> dict[str, Sources]:
     """The second half mirrors the first, so that partners stay partners."""
     first = block_sources(old // 2, new // 2)
@@ -167,6 +173,7 @@ _ANATOMIES: dict[str, _Anatomy] = {
         lambda old, new: {"blocks": block_sources(old, new)},
         lambda part, tensor, width: tensor,  # its gates are in the one modulation of all blocks
         lambda config: (0, config.grid),
+        _dit_changed,
     ),
     UViTConfig.kind: _Anatomy(
         _PICTURE, _uvit_chains, _uvit_switched_off, lambda config: (config.extra_tokens, config.grid)

@@ -103,6 +103,10 @@ def scalable(model: ModelConfig) -> ScalableModelConfig:
     """The config, of a network that has muP rules. Raises UserError for others."""
     if not isinstance(model, ScalableModelConfig):
         raise UserError(f"muP: there are rules for model=dit, mmdit and uvit, and this is {model.kind}")
+    if isinstance(model, DiTConfig) and model.conditioning != "adaln_zero":
+        raise UserError(
+            f"muP: model.conditioning={model.conditioning} has no rules that were checked; set conditioning=adaln_zero"
+        )
     return model
 
 

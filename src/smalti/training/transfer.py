@@ -21,7 +21,7 @@ import filelock
 from smalti.config import Budget, RunConfig, to_json
 from smalti.errors import UserError
 from smalti.optim.ema import ExponentialEma
-from smalti.run_folder import finite_json
+from smalti.run_folder import append_row, read_rows
 from smalti.training.coordinates import with_learning_rate
 from smalti.training.display import SilentDisplay
 from smalti.training.failure import TrainingDiverged
@@ -201,21 +201,12 @@ def cell_key(config: RunConfig) -> str:
 def read_results(out: Path) -> dict[str, float]:
     """Losses by cell key (nan: diverged). A line that a kill tore is left out, so that its cell is run again."""
     results = {}
-    path = out / _RESULTS
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for row in read_rows(out / _RESULTS):
         try:
-            row = json.loads(line)
             results[str(row["key"])] = math.nan if row["loss"] is None else float(row["loss"])
         except (ValueError, TypeError, KeyError):
             continue
     return results
-
-
-def _append_result(out: Path, row: dict[str, Any]) -> None:
-    path = out / _RESULTS
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write(("\n" if torn else "") + json.dumps(finite_json(row)) + "\n")
 
 
 def _run_cell(config: RunConfig, folder: Path, device: str, report: Callable[[float], None]) -> float:
@@ -228,7 +219,7 @@ def _run_cell(config: RunConfig, folder: Path, device: str, report: Callable[[fl
         return math.nan
     if result.outcome == "interrupted":
         raise KeyboardInterrupt
-    rows = [json.loads(line) for line in result.folder.metrics.read_text().splitlines()]
+    rows = read_rows(result.folder.metrics)
     loss = next((row["validation_loss"] for row in reversed(rows) if "validation_loss" in row), None)
     if loss is None:
         raise UserError("the data has no held-out rows, so that there is no validation loss to compare")
@@ -275,7 +266,7 @@ def run_transfer(
                 rate = cell.optimizer.learning_rate
                 name = "standard" if cell.parametrisation is None else "mup"
                 row = {"key": key, "parametrisation": name, "width": cell.model.width, "learning_rate": rate}  # type: ignore[union-attr]
-                _append_result(out, {**row, "seed": cell.seed, "loss": loss})
+                append_row(out / _RESULTS, {**row, "seed": cell.seed, "loss": loss})
                 shutil.rmtree(cells / key)
                 ran += 1
         except filelock.Timeout:
