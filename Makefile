@@ -21,6 +21,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --constraint constraints.txt --no-deps torch-fidelity  # else it pulls torchvision
 	touch $@
 
 # A run that is there is gone on with, so a second `make demo` does not train again.

@@ -164,7 +164,7 @@ def test_damaged_files_of_cards_are_named(tmp_path, text, named):
     ("change", "named"),
     [
         ({"metric": "fdi"}, "unknown metric"),
-        ({"low": 7.0}, "low=7.0 must be at most high=6.0"),
+        ({"low": 7.0}, "value=5.0 must lie in its interval, 7.0 .. 6.0"),
         ({"value": math.nan}, "must be numbers"),
         ({"num_samples": 0}, "at least 1"),
     ],

@@ -5,7 +5,7 @@ import pytest
 
 from smalti.errors import UserError
 from smalti.evaluation.frechet import frechet_distance, resampled_frechet
-from smalti.evaluation.intervals import Resampled, difference, drawn_rows, half_samples
+from smalti.evaluation.intervals import Estimate, Resampled, difference, drawn_rows, half_samples
 from smalti.evaluation.kernel_distance import (
     kernel_distance,
     kernel_distance_of_subsets,
@@ -134,6 +134,12 @@ def test_recall_replicates_are_the_recall_of_the_half():
         halves = half_samples(41, 4, 2)
         assert halves.sum(axis=1).tolist() == [20] * 4
         assert got.replicates.tolist() == pytest.approx([whole(samples[half], reference, 3) for half in halves])
+
+
+def test_an_interval_holds_its_value_and_stays_within_what_is_possible():
+    skewed = Resampled(1.0, np.array([0.9] * 199 + [0.1]))
+    assert skewed.estimate(0.0, 1.0) == Estimate(1.0, 1.0, 1.0)
+    assert Resampled(0.5, np.linspace(0, 2, 201)).estimate(0.0, 1.0) == Estimate(0.5, 0.0, 1.0)
 
 
 def test_the_difference_of_two_runs_is_told_from_none():

@@ -19,13 +19,11 @@ from smalti.cli_arguments import (
     Convert,
     Doctor,
     Ems,
-    Eval,
     Explain,
     Export,
     Info,
     ReplayNan,
     Sample,
-    Sampler,
     Train,
     Tune,
 )
@@ -37,12 +35,15 @@ from smalti.cli_data_arguments import Data
 from smalti.cli_doctor import doctor_command, replay_nan_command
 from smalti.cli_ema import ema_command
 from smalti.cli_ema_arguments import Ema
+from smalti.cli_evaluate import compare_cards_command, eval_command, judged
+from smalti.cli_evaluate_arguments import CompareCards, Eval
 from smalti.cli_latents import train_autoencoder_command, train_tokenizer_command
 from smalti.cli_latents_arguments import TrainAutoencoder, TrainTokenizer
 from smalti.cli_mup import mup_command
 from smalti.cli_mup_arguments import Mup
 from smalti.cli_options import as_arguments, check_device, chosen_budget, set_threads
 from smalti.cli_progress import progress_bar
+from smalti.cli_sampler import sampling_arguments, solver_options
 from smalti.cli_serve import replay_command, serve_command
 from smalti.cli_serve_arguments import Chaos, Replay, Serve, Top
 from smalti.cli_top import top_command
@@ -52,10 +53,8 @@ from smalti.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from smalti.config import SamplingConfig
     from smalti.pipeline_editing import Editing
     from smalti.sampling.ems import EMSOrigin
-    from smalti.sampling.guided import GuidanceOptions
 
 Result = TypeVar("Result")
 
@@ -136,54 +135,6 @@ def _train_on_ranks(command: Train, count: int) -> int:
     return launch(["train", *as_arguments(replace(command, nproc=None, threads=threads))], count, threads)
 
 
-def _solver_options(given: Sequence[str], solver: str) -> dict[str, Any]:
-    """name=value texts as keyword arguments: numbers, true, false, or the text itself."""
-    import json
-
-    from smalti.sampling.solvers import check_option_names
-
-    options: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--solver-options {text!r} must have the form name=value")
-        if name in options:
-            raise UserError(f"--solver-options {text!r}: {name} is given twice")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    check_option_names(solver, options)
-    return options
-
-
-def _guidance(sampler: Sampler, default: "GuidanceOptions") -> "GuidanceOptions":
-    """The run's guidance options with those of the command line in their place."""
-    from dataclasses import replace
-
-    given: dict[str, Any] = {
-        "interval": sampler.guidance_interval,
-        "schedule": sampler.guidance_schedule,
-        "rescale": sampler.guidance_rescale,
-        "apg_eta": sampler.apg_eta,
-        "pag_scale": sampler.pag_scale,
-        "pag_layers": sampler.pag_layers or None,
-    }
-    return replace(default, **{name: value for name, value in given.items() if value is not None})
-
-
-def _sampling(sampler: Sampler, default: "SamplingConfig") -> dict[str, Any]:
-    """The keyword arguments of a pipeline call that the command line's sampler stands for."""
-    return {
-        "num_inference_steps": sampler.num_inference_steps,
-        "solver": sampler.solver,
-        "spacing": sampler.spacing,
-        "guidance_scale": sampler.guidance_scale,
-        "guidance": _guidance(sampler, default.guidance),
-        **_solver_options(sampler.solver_options, sampler.solver or default.solver),
-    }
-
-
 def _editing(command: Sample, channels: int) -> "Editing | None":
     """The picture to begin from, if one is given."""
     from smalti.images import read_picture
@@ -238,7 +189,7 @@ def _sample(command: Sample) -> int:
     sampler = command.sampler
     if sampler.process is not None:
         pipe = pipe.on_process(sampler.process)
-    sampling = _sampling(sampler, defaults)
+    sampling = sampling_arguments(sampler, defaults)
     with progress_bar("sampling") as progress:
         output = pipe(
             labels,
@@ -254,7 +205,7 @@ def _sample(command: Sample) -> int:
             **sampling,
         )
     scale = defaults.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
-    options = _solver_options(sampler.solver_options, output.plan.solver)
+    options = solver_options(sampler.solver_options, output.plan.solver)
     if "ems" in options:
         options["ems_origin"] = asdict(_ems_origin(options["ems"], scale))
     settings = {
@@ -296,35 +247,6 @@ def _sample(command: Sample) -> int:
     return 0
 
 
-def _judged(command: Eval | Tune, text: str, judge: Callable[..., Result], **arguments: Any) -> Result:
-    """judge on the samples that the command asks for, under a progress bar."""
-    from smalti.training.memory import keep_freed_memory
-
-    set_threads(command.threads)
-    keep_freed_memory()
-    with progress_bar(text) as progress:
-        return judge(
-            command.run,
-            num_images=command.num_images,
-            seed=command.seed,
-            checkpoint=command.checkpoint,
-            progress=progress,
-            **arguments,
-        )
-
-
-def _eval(command: Eval) -> int:
-    from smalti.evaluation.digits import evaluate_run
-    from smalti.evaluation.prompts import evaluate_prompted_run
-    from smalti.run_folder import read_config
-
-    config = read_config(command.run)
-    judge: Callable[..., Any] = evaluate_run if config.text is None else evaluate_prompted_run
-    sampling = _sampling(command.sampler, config.sampling)
-    print(_judged(command, "judging", judge, process=command.sampler.process, **sampling).text())
-    return 0
-
-
 def _explain(command: Explain) -> int:
     from smalti.diffusion.processes import make_process
     from smalti.sampling.explain import plan_table, solver_table
@@ -339,7 +261,7 @@ def _explain(command: Explain) -> int:
         process=make_process(command.process),
         num_inference_steps=command.steps,
         spacing=command.spacing,
-        **_solver_options(command.solver_options, command.solver),
+        **solver_options(command.solver_options, command.solver),
     )
     _console().print(plan_table(plan))
     if command.plot is not None:
@@ -351,7 +273,7 @@ def _explain(command: Explain) -> int:
 def _tune(command: Tune) -> int:
     from smalti.evaluation.tune import frontier_table, tune_run
 
-    result = _judged(command, "tuning", tune_run, budget=command.budget)
+    result = judged(command, "tuning", tune_run, budget=command.budget)
     _console().print(frontier_table(result))
     print(f"use it: {result.command(command.run)}")
     print(f"written: {command.run / 'tune.json'}" + (f", {result.picture}" if result.picture else ""))
@@ -409,7 +331,8 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     TrainAutoencoder: train_autoencoder_command,
     TrainTokenizer: train_tokenizer_command,
     Sample: _sample,
-    Eval: _eval,
+    Eval: eval_command,
+    CompareCards: compare_cards_command,
     Explain: _explain,
     Tune: _tune,
     Ems: _ems,

@@ -1,6 +1,6 @@
 """The arguments of each command; the docstrings are what `smalti COMMAND --help` prints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 from smalti.cli_compare_arguments import Compare
 from smalti.cli_data_arguments import Data
 from smalti.cli_ema_arguments import Ema
+from smalti.cli_evaluate_arguments import CompareCards, Eval, Sampler
 from smalti.cli_latents_arguments import TrainAutoencoder, TrainTokenizer
 from smalti.cli_mup_arguments import Mup
 from smalti.cli_serve_arguments import Chaos, Replay, Serve, Top
@@ -55,36 +56,6 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """How to sample; what is not given is the run's own."""
-
-    solver: str | None = None
-    """Solver, such as dpmpp_2m, ddim, unipc_2, edm_heun; `smalti explain` lists all (default: the run's)."""
-    num_inference_steps: int | None = None
-    """Solver steps (default: the run's)."""
-    spacing: str | None = None
-    """Time grid: time, lambda, karras, quadratic, beta, ays ... (default: the run's, or the solver's own)."""
-    solver_options: tuple[str, ...] = ()
-    """The solver's own options and the grid's as name=value: eta=1 lower_order_final=false shift=3 t_end=0.01."""
-    process: str | None = None
-    """Sample on another process than was trained on, at equal log-SNR: edm, vp_cosine ... (default: the run's)."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is off (default: the run's)."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide only for t between LOW and HIGH (0 is data, 1 is noise)."""
-    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
-    """How the scale runs from t = 1 to 0, with the given scale as its mean."""
-    guidance_rescale: float | None = None
-    """Keep the unguided contrast by this share, 0 to 1 (Lin et al. 2023)."""
-    apg_eta: float | None = None
-    """Projected guidance with this share of the parallel part; 0 is perpendicular guidance."""
-    pag_scale: float | None = None
-    """Perturbed-attention guidance, in the layers of --pag-layers."""
-    pag_layers: tuple[int, ...] = ()
-    """Layers (from 0) whose attention is perturbed."""
-
-
-@dataclass(frozen=True)
 class Sample:
     """Draw pictures from a run.
 
@@ -103,7 +74,7 @@ class Sample:
     """What to draw, for a network that reads text."""
     num_images_per_label: Annotated[int, arg(aliases=["--num-images-per-prompt"])] = 8
     """Pictures for each label or prompt (or in all, for an unconditional network)."""
-    sampler: Sampler = Sampler()
+    sampler: Sampler = field(default_factory=Sampler)
     negative_class_labels: tuple[int, ...] = ()
     """Labels to move away from, in place of the null label: one for all, or one a picture."""
     negative_prompt: str | None = None
@@ -128,33 +99,6 @@ class Sample:
     """CPU threads (default: all cores)."""
     device: str = "cpu"
     """Where to sample: cpu, cuda, mps."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Judge a run: do its pictures show what was asked for, and how far are they from real ones?
-
-    Example: smalti eval runs/mnist --guidance-scale 2 --guidance-interval 0.3 1
-
-    Draws class-conditional samples and prints the judge's accuracy on them and the Frechet distance in the judge's
-    features against the held-out digits, each with a bootstrap 95 % interval; writes RUN/evaluation.json. The judge is
-    a small classifier, trained once on the bundled digits (about a minute) and cached.
-
-    Of a run that reads prompts: how often a judge of pictures and captions, trained once on the run's own data and
-    cached, puts a picture's own prompt among the first 10 of 200; RUN/prompts.png shows 48 of them.
-    """
-
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
-    """The run directory."""
-    num_images: int = 1000
-    """Samples to judge, an equal number of each class or prompt."""
-    sampler: Sampler = Sampler()
-    seed: int = 0
-    """Seed of the first sample."""
-    checkpoint: str | None = None
-    """A folder's name under checkpoints/ (default: the newest)."""
-    threads: int | None = None
-    """CPU threads (default: all cores)."""
 
 
 @dataclass(frozen=True)
@@ -403,6 +347,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train-tokenizer": TrainTokenizer,
     "sample": Sample,
     "eval": Eval,
+    "compare-cards": CompareCards,
     "explain": Explain,
     "tune": Tune,
     "ems": Ems,

@@ -1,1 +1,1 @@
-"""Judging samples: a classifier of the digits and the Frechet distance in its features."""
+"""Judging samples: classifiers of labelled pictures, metrics of features with intervals, result cards."""

@@ -72,9 +72,10 @@ class Card:
             raise UserError(f"card.num_samples={self.num_samples} must be at least 1")
         if any(math.isnan(x) or x == -math.inf for x in (self.value, self.low, self.high)):
             raise UserError(f"card of {self.metric}: {self.value} [{self.low}, {self.high}] must be numbers")
-        # The centred replicates of a skewed statistic may leave the value just outside: kept as it is.
-        if self.low > self.high:
-            raise UserError(f"card of {self.metric}: low={self.low} must be at most high={self.high}")
+        if not self.low <= self.value <= self.high:
+            raise UserError(
+                f"card of {self.metric}: value={self.value} must lie in its interval, {self.low} .. {self.high}"
+            )
 
     @property
     def estimate(self) -> Estimate:

@@ -11,9 +11,13 @@ import torch
 from smalti.data.digits import load_digits
 from smalti.data.rows import to_signed_unit
 from smalti.errors import UserError
+from smalti.evaluation.cards import Card
+from smalti.evaluation.features import judge_feature_network
 from smalti.evaluation.frechet import frechet_distance
 from smalti.evaluation.intervals import Estimate, bootstrap
 from smalti.evaluation.judge import held_out_accuracy, judge_features, load_judge
+from smalti.evaluation.measuring import DataRows, Measuring
+from smalti.evaluation.pictures import feature_network, measure_run
 from smalti.pipeline import load
 from smalti.run_folder import RunFolder, finite_json, write_json
 from smalti.sampling.guided import GuidanceOptions
@@ -33,6 +37,8 @@ class DigitsReport:
     solver: str
     guidance_scale: float
     guidance: GuidanceOptions
+    cards: tuple[Card, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The report in lines for a person."""
@@ -45,6 +51,8 @@ class DigitsReport:
                 f"judge accuracy: {a.value:.1%}  (95 %: {a.low:.1%} .. {a.high:.1%})",
                 f"judge Frechet distance: {f.value:.2f}  (95 %: {f.low:.2f} .. {f.high:.2f}; "
                 f"real digits: {self.frechet_of_real_digits:.2f})",
+                *(card.text() for card in self.cards),
+                *self.notes,
             ]
         )
 
@@ -62,6 +70,7 @@ def evaluate_run(
     seed: int = 0,
     checkpoint: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    measuring: Measuring | None = None,
     num_inference_steps: int | None = None,
     solver: str | None = None,
     spacing: str | None = None,
@@ -70,10 +79,11 @@ def evaluate_run(
     process: str | None = None,
     **solver_options: Any,
 ) -> DigitsReport:
-    """Draw num_images samples of a run (labels 0, 1, ... 9, 0, ...) and judge them; writes RUN/evaluation.json.
+    """Draw num_images samples of a run (labels 0, 1, ... 9, 0, ...) and judge them.
 
-    process: what to sample on, where it is not the one trained on. The other arguments after progress are those of a
-    pipeline call; None takes the run's own. Raises UserError where the run does not draw digits.
+    Writes RUN/evaluation.json and RUN/nearest.png. measuring: the cards to make beside the judge's report. process:
+    what to sample on, where it is not the one trained on. The other arguments after measuring are those of a pipeline
+    call; None takes the run's own. Raises UserError where the run does not draw digits.
     """
     if num_images < 100:
         raise UserError(f"num_images={num_images} must be at least 100: the distance needs its covariances")
@@ -84,8 +94,10 @@ def evaluate_run(
         pipe = pipe.on_process(process)
     # Before the judge, which may have to be trained: a mistake in the settings shows at once.
     pipe.plan(num_inference_steps, solver, spacing, **solver_options)
-    judge = load_judge(progress=progress)
+    measuring = measuring or Measuring()
     training_rows, held_out = load_digits()
+    judge = load_judge(progress=progress)
+    network = feature_network(measuring, training_rows.shape, lambda: judge_feature_network(judge))
     labels = torch.arange(num_images) % 10
     output = pipe(
         labels,
@@ -102,6 +114,8 @@ def evaluate_run(
     features, predicted = judge_features(judge, output.tensor)
     real, _ = judge_features(judge, to_signed_unit(held_out.images))
     floor, _ = judge_features(judge, to_signed_unit(training_rows.images[:num_images]))
+    rows = DataRows(training_rows, held_out, "the bundled digits")
+    measured = measure_run(pipe, run, output, rows, network, measuring, guidance_scale, progress)
     sample_features, real_features = features.double().numpy(), real.double().numpy()
     right = (predicted == labels).numpy()
     report = DigitsReport(
@@ -115,6 +129,8 @@ def evaluate_run(
         solver=output.plan.solver,
         guidance_scale=pipe.config.sampling.guidance_scale if guidance_scale is None else guidance_scale,
         guidance=guidance or pipe.config.sampling.guidance,
+        cards=measured.cards,
+        notes=measured.notes,
     )
     write_json(RunFolder(run).path / "evaluation.json", finite_json(asdict(report)))
     return report

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from smalti.data.fingerprint import fingerprint
-from smalti.data.rows import TrainingRows, to_bytes
+from smalti.data.rows import TrainingRows, to_bytes, to_signed_unit
 from smalti.evaluation.cards import Extractor, Reference
 from smalti.evaluation.intervals import Features
 from smalti.evaluation.judge import FEATURE_WIDTH, Judge
+from smalti.evaluation.resizing import resized
 from smalti.evaluation.retrieval import RetrievalJudge
+
+_LARGEST_SIDE = 32  # of the pictures whose pixels are compared
 
 
 class FeatureNetwork(Protocol):
@@ -55,15 +58,17 @@ def network_features(
 def pixel_features(shape: tuple[int, int, int]) -> NamedFeatures:
     """The pixels themselves, of pictures [channels, height, width], as the bytes that a picture file has.
 
-    For copies: a diffusion model's pictures are compared with the training rows as they are seen.
+    For copies: a diffusion model's pictures are compared with the training rows as they are seen; those of more than 32
+    pixels a side as means over areas.
     """
-    channels, height, width = shape
-    text = f"pixels {channels}x{height}x{width} as bytes / 127.5 - 1"
+    channels, *sides = shape
+    height, width = (min(side, _LARGEST_SIDE) for side in sides)
+    text = f"pixels {channels}x{height}x{width} as bytes / 127.5 - 1, resized"
     return NamedFeatures(
         "pixels",
         hashlib.sha256(text.encode()).hexdigest(),
         channels * height * width,
-        lambda images: (to_bytes(images).float() / 127.5 - 1).flatten(1),
+        lambda images: resized(to_signed_unit(to_bytes(images)), (height, width)).flatten(1),
     )
 
 

@@ -45,9 +45,12 @@ class Resampled:
         return np.asarray(self.replicates + (self.value - self.replicates.mean()))
 
     def estimate(self, lowest: float = -np.inf, highest: float = np.inf) -> Estimate:
-        """The value with the 2.5 % and 97.5 % quantiles of the centred replicates, kept in [lowest, highest]."""
+        """The value with the 2.5 % and 97.5 % quantiles of the centred replicates, kept in [lowest, highest].
+
+        The interval holds the value: at the end of what is possible, skewed replicates may lie all beyond it.
+        """
         low, high = _quantiles(self.centred)
-        return Estimate(self.value, max(lowest, low), min(highest, high))
+        return Estimate(self.value, min(self.value, max(lowest, low)), max(self.value, min(highest, high)))
 
 
 def _quantiles(values: NDArray[np.float64]) -> tuple[float, float]:

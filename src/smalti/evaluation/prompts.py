@@ -7,7 +7,12 @@ from typing import Any
 
 from smalti.data.rows import PicturesInMemory
 from smalti.errors import UserError
+from smalti.evaluation.cards import Card
+from smalti.evaluation.features import retrieval_feature_network
 from smalti.evaluation.intervals import Estimate
+from smalti.evaluation.measuring import DataRows, Measuring, drawing_of
+from smalti.evaluation.pictures import feature_network, measure_run
+from smalti.evaluation.pretrained_features import ClipFeatures, clip_card
 from smalti.evaluation.retrieval import (
     RetrievalConfig,
     RetrievalReport,
@@ -43,6 +48,8 @@ class PromptsReport:
     network_calls: int
     solver: str
     guidance_scale: float
+    cards: tuple[Card, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The report in lines for a person."""
@@ -54,6 +61,8 @@ class PromptsReport:
                 f"own prompt among the first 10 of {self.num_candidates}: {_share(self.top10)}; "
                 f"real pictures: {self.real_top10.value:.1%}; chance: {10 / self.num_candidates:.1%}",
                 f"own prompt first: {_share(self.top1)}; real pictures: {self.real_top1.value:.1%}",
+                *(card.text() for card in self.cards),
+                *self.notes,
             ]
         )
 
@@ -69,6 +78,7 @@ def evaluate_prompted_run(
     seed: int = 0,
     checkpoint: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    measuring: Measuring | None = None,
     guidance_scale: float | None = None,
     guidance: GuidanceOptions | None = None,
     process: str | None = None,
@@ -76,7 +86,8 @@ def evaluate_prompted_run(
 ) -> PromptsReport:
     """Draw num_images pictures of training prompts and rank each one's prompt.
 
-    Writes RUN/evaluation.json and RUN/prompts.png, the first pictures of the first 48 prompts, nothing picked out.
+    Writes RUN/evaluation.json, RUN/nearest.png and RUN/prompts.png, the first pictures of the first 48 prompts, nothing
+    picked out.
 
     The judge is trained on the run's own data, once, and cached. Arguments as evaluate_run's. Raises UserError where
     num_images is no multiple of the number of candidates, or the data has too few pictures with captions.
@@ -84,7 +95,9 @@ def evaluate_prompted_run(
     pipe = load(run, checkpoint=checkpoint)
     if process is not None:
         pipe = pipe.on_process(process)
-    rows = open_run_rows(pipe.config).training
+    measuring = measuring or Measuring()
+    opened = open_run_rows(pipe.config)
+    rows = opened.training
     if not isinstance(rows, PicturesInMemory) or rows.captions is None:
         raise UserError(f"{run} was not trained on captioned pictures that fit in memory: nothing to judge by")
     count = min(NUM_CANDIDATES, len({own[0] for own in rows.captions if own}))
@@ -93,6 +106,7 @@ def evaluate_prompted_run(
     _, height, width = rows.shape
     config = RetrievalConfig(channels=rows.shape[0], image_size=(min(height, 32), min(width, 32)))
     judge, judge_report = load_retrieval_judge(rows, cache_folder(), config, progress=progress)
+    network = feature_network(measuring, rows.shape, lambda: retrieval_feature_network(judge))
     chosen = prompt_rows(rows.captions, count)
     prompts = [rows.captions[row][0] for row in chosen.tolist()]
     each = num_images // count
@@ -107,6 +121,11 @@ def evaluate_prompted_run(
     )
     ranks = prompt_ranks(judge, output.tensor, output.prompts or (), prompts).reshape(count, each)
     real = prompt_ranks(judge, rows.read(chosen), prompts, prompts)
+    compared = DataRows(rows, opened.held_out, pipe.config.data.kind)
+    measured = measure_run(pipe, run, output, compared, network, measuring, guidance_scale, progress)
+    cards = measured.cards
+    if isinstance(network, ClipFeatures):
+        cards = (*cards, clip_card(network, output, compared, drawing_of(pipe, run, output, guidance_scale)))
     report = PromptsReport(
         judge=judge_report,
         num_candidates=count,
@@ -118,6 +137,8 @@ def evaluate_prompted_run(
         network_calls=output.plan.num_calls,
         solver=output.plan.solver,
         guidance_scale=pipe.config.sampling.guidance_scale if guidance_scale is None else guidance_scale,
+        cards=cards,
+        notes=measured.notes,
     )
     write_json(RunFolder(run).path / "evaluation.json", asdict(report))
     shown = captioned_grid(output.tensor[::each][:_SHOWN], prompts[:_SHOWN], columns=8)
