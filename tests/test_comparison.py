@@ -30,6 +30,7 @@ from smalti.comparison.budget import (
 from smalti.comparison.bundled import bundled_specs, find_spec
 from smalti.comparison.memory import peak_memory
 from smalti.comparison.pictures import grid_png
+from smalti.comparison.report import render
 from smalti.comparison.run import run_comparison
 from smalti.comparison.scores import DigitsYardstick, proportion
 from smalti.comparison.spec import ComparisonSpec, Contender, parameter_count, spec_from_json
@@ -316,6 +317,37 @@ def test_a_contender_that_diverges_is_left_out(tmp_path):
     assert {row["name"] for row in body["scores"]} == {"narrow"}
 
 
+def test_a_contender_of_learned_tokens_gets_its_tokenizer_first(tmp_path):
+    tokens = Contender("tokens", recipe="mnist-tokens", set=SMALL, tokenizer_share=0.03)
+    spec = replace(small_spec(calls=(2,)), contenders=(small_spec().contenders[0], tokens))
+    given_plan(spec, tmp_path, steps=4)
+    run_comparison(spec, tmp_path, minutes=1.0, yardstick=untrained_yardstick)
+    body = json.loads((tmp_path / "comparison.json").read_text())
+    row = body["contenders"][1]["tokenizer"]
+    assert body["contenders"][0]["tokenizer"] is None
+    assert 1.5 < row["seconds"] < 30
+    assert row["codes_used"] > 0
+    kinds = [line["kind"] for line in read_rows(tmp_path / "rows.jsonl")]
+    assert kinds.index("tokenizer") < kinds.index("training")
+    assert "The tokenizer of tokens was trained first" in render(body)
+    rows = (tmp_path / "rows.jsonl").read_text()
+    run_comparison(spec, tmp_path, minutes=1.0, yardstick=untrained_yardstick)
+    assert (tmp_path / "rows.jsonl").read_text() == rows
+
+
+@pytest.mark.parametrize(
+    ("recipe", "share", "says"),
+    [
+        ("mnist-tokens", 0.0, "tokenizer_share=0 with autoencoder=tokenizer"),
+        ("mnist-masked", 0.1, "tokenizer_share=0.1 with autoencoder=pixel_levels"),
+        ("mnist-tokens", 0.9, r"must lie in 0 \.\. 0\.5"),
+    ],
+)
+def test_tokenizers_get_time_where_there_is_one_to_train(recipe, share, says):
+    with pytest.raises(UserError, match=says):
+        Contender("a", recipe=recipe, tokenizer_share=share).config()
+
+
 PROGRAM = """
 import sys
 sys.path[:0] = {path!r}
@@ -325,6 +357,7 @@ from pathlib import Path
 from small_comparisons import small_spec
 from test_comparison import untrained_yardstick
 from smalti.comparison.pictures import grid_png
+from smalti.comparison.report import render
 from smalti.comparison.run import run_comparison
 run_comparison(small_spec(), Path({out!r}), minutes=1.0, yardstick=untrained_yardstick,
                progress=lambda text, share: print(text, flush=True))

@@ -176,12 +176,12 @@ def _chart_in_words(lines: Sequence[Line], x_label: str, metric: Metric) -> str:
 
 
 def _same_losses(body: Mapping[str, Any]) -> bool:
-    """Whether validation losses mean the same: one data set, process, objective and density of times, diffusion all."""
+    """Whether validation losses mean the same: of one data set, tokenizer, process, objective and density of times."""
     parts = [
-        [c["config"].get(key) for key in ("data", "process", "objective", "timesteps")] for c in body["contenders"]
+        [c["config"].get(key) for key in ("data", "autoencoder", "process", "objective", "timesteps")]
+        for c in body["contenders"]
     ]
-    families = {c["recipe"].endswith("masked") or c["process"] is None for c in body["contenders"]}
-    return len(families) == 1 and all(part == parts[0] for part in parts)
+    return all(part == parts[0] for part in parts)
 
 
 def _loss_chart(body: Mapping[str, Any]) -> dict[str, str] | None:
@@ -305,6 +305,14 @@ def _limits(body: Mapping[str, Any]) -> list[str]:
         "machine: networks of equal FLOPs may differ in them. Training was not compiled.",
         "Memory is the peak of resident memory beyond what the process held before.",
     ]
+    for contender in body["contenders"]:
+        tokenizer = contender.get("tokenizer")
+        if tokenizer is not None:
+            lines.append(
+                f"The tokenizer of {contender['name']} was trained first, for {tokenizer['seconds']:.0f} s of the "
+                f"comparison's time that its FLOPs and seconds leave out: {tokenizer['psnr']:.1f} dB on held-out digits, "
+                f"{tokenizer['codes_used']} codes used."
+            )
     fewer = body["spec"]["num_samples"] - body["samples"]
     if fewer > 0:
         lines.append(

@@ -40,6 +40,7 @@ from smalti.comparison.memory import peak_memory
 from smalti.comparison.pictures import grid_png
 from smalti.comparison.scores import DigitsYardstick, digits_yardstick, labels_of
 from smalti.comparison.spec import ComparisonSpec, parameter_count
+from smalti.comparison.tokenizers import needs_tokenizer, train_contenders_tokenizer, with_tokenizer
 from smalti.config import RunConfig, to_json
 from smalti.data.fingerprint import fingerprint
 from smalti.errors import UserError
@@ -121,7 +122,7 @@ def _opened(spec: ComparisonSpec, minutes: float, out: Path, overwrite: bool) ->
         raise UserError(f"{out} is in use by another smalti compare: wait for it, or give another --out") from None
     try:
         if overwrite:
-            for path in paths(out):
+            for path in (*paths(out), out / "tokenizers"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         journal = Journal(rows_path, read_rows(rows_path))
         start = journal.find("start")
@@ -166,6 +167,7 @@ def run_comparison(
         progress("the judge", 0.0)
         judge = yardstick()
         journal_spent = time.perf_counter() - began
+        configs = _with_tokenizers(spec, configs, journal, out, minutes, progress)
         speeds, scoring = _speeds(configs, journal, out, minutes, judge, journal_spent, progress)
         plan = _plan(spec, journal, speeds, scoring, minutes)
         for number, (name, config) in enumerate(configs.items()):
@@ -179,6 +181,33 @@ def run_comparison(
         progress("writing", 0.0)
         write_json(path, _gathered(spec, configs, journal, minutes, samples, judge))
     return path
+
+
+def _with_tokenizers(
+    spec: ComparisonSpec,
+    configs: Mapping[str, RunConfig],
+    journal: Journal,
+    out: Path,
+    minutes: float,
+    progress: Progress,
+) -> dict[str, RunConfig]:
+    """The configs, those of learned tokens with a tokenizer that is trained now or was in an earlier session."""
+    found = dict(configs)
+    for contender in spec.contenders:
+        name, config = contender.name, configs[contender.name]
+        if not needs_tokenizer(config):
+            continue
+        folder = out / "tokenizers" / name
+        if journal.find("tokenizer", name=name) is None:
+            folder.parent.mkdir(exist_ok=True)
+
+            def say(share: float, name: str = name) -> None:
+                progress(f"training the tokenizer of {name}", share)
+
+            trained = train_contenders_tokenizer(config, folder, contender.tokenizer_share * minutes, say)
+            journal.add("tokenizer", trained["seconds"], name=name, **trained)
+        found[name] = with_tokenizer(config, folder)
+    return found
 
 
 def _training(journal: Journal, name: str) -> dict[str, Any]:
@@ -425,6 +454,7 @@ def _gathered(
             "training_flops": None if training["steps"] is None else step_flops * training["steps"],
             "images": None if training["steps"] is None else training["steps"] * config.loop.batch_size,
             "training": training,
+            "tokenizer": journal.find("tokenizer", name=name),
             "losses": _losses(journal.path.parent / "runs" / name),
             "config": to_json(config),
         })  # fmt: skip

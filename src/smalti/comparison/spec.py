@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from smalti.autoencoders.registry import LearnedTokenizer
 from smalti.config import RunConfig, apply_overrides
 from smalti.data.sources.digits import DigitsData
 from smalti.errors import UserError, unknown_name
@@ -27,16 +28,20 @@ _SAME_FOR_ALL = ("loop.compile=false", "loop.writers=")
 class Contender:
     """A recipe with overrides, under a name. How it is sampled is part of it: sampling.solver, sampling.guidance_scale.
 
-    set: as `smalti train RECIPE --set` takes them.
+    set: as `smalti train RECIPE --set` takes them. tokenizer_share: of the comparison's time, for the tokenizer of a
+    contender that predicts learned tokens; it is trained first, and its work is in no contender's FLOPs.
     """
 
     name: str
     recipe: str = "mnist"
     set: tuple[str, ...] = ()
+    tokenizer_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise UserError(f"contender name {self.name!r} must be letters, digits, '.', '_' and '-'")
+        if not 0 <= self.tokenizer_share <= 0.5:
+            raise UserError(f"contender {self.name!r}: tokenizer_share={self.tokenizer_share:g} must lie in 0 .. 0.5")
         for override in self.set:
             if override.split("=")[0].strip() in ("compile", "loop.compile", "writers", "loop.writers"):
                 raise UserError(f"contender {self.name!r}: {override} is the same for all: no compiling, no trackers")
@@ -44,9 +49,15 @@ class Contender:
     def config(self) -> RunConfig:
         """The run's config. Raises UserError, which begins with the contender's name."""
         try:
-            return apply_overrides(recipe(self.recipe), [*_SAME_FOR_ALL, *self.set])
+            config = apply_overrides(recipe(self.recipe), [*_SAME_FOR_ALL, *self.set])
         except UserError as error:
             raise UserError(f"contender {self.name!r}: {error}") from None
+        if isinstance(config.autoencoder, LearnedTokenizer) != (self.tokenizer_share > 0):
+            raise UserError(
+                f"contender {self.name!r}: tokenizer_share={self.tokenizer_share:g} with autoencoder="
+                f"{config.autoencoder.kind}: those of learned tokens, and no others, need a share, such as 0.1"
+            )
+        return config
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,8 @@ def spec_from_json(body: Any, where: str = "comparison") -> ComparisonSpec:
                 raise UserError(f"{place}: {name}={given.get(name)!r} must be a text")
         if "set" in given:
             given["set"] = _list_of(str, given["set"], f"{place}: set")
+        if type(given.get("tokenizer_share", 0.0)) not in (int, float):
+            raise UserError(f"{place}: tokenizer_share={given['tokenizer_share']!r} must be a number")
         contenders.append(Contender(**given))
     if "calls" in values:
         values["calls"] = _list_of(int, values["calls"], f"{where}: calls")
