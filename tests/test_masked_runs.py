@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
+from test_cli import called
 from training_runs import final_bytes, masked_config
 
 import smalti
+from smalti.cli import main
 from smalti.config import Budget, RunConfig, apply_overrides, check_parts, from_json, to_json
 from smalti.data.digits import load_digits
 from smalti.errors import UserError
@@ -138,3 +140,21 @@ def test_a_masked_run_is_not_exported(masked_run, tmp_path):
 def test_a_token_that_is_still_masked_is_no_picture(pipe):
     with pytest.raises(UserError, match="still masked"):
         pipe.pictures(torch.full((1, 28, 28), MASKED))
+
+
+def test_the_commands_take_masked_runs(masked_run, tmp_path, capsys):
+    options = ("--solver-options", "choice_temperature=4", "--num-inference-steps", "3")
+    code, _ = called(capsys, "sample", str(masked_run), "--class-labels", "1", "2", *options, "--out", str(tmp_path))
+    assert code == 0
+    row = json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[0])
+    assert (row["solver"], row["network_calls"]) == ("masked", 3)
+    assert called(capsys, "info", str(masked_run))[0] == 0
+    code, said = called(capsys, "doctor", "mnist-masked")
+    assert code == 0
+    assert "of 16 tokens used" in said.out
+    with pytest.raises(SystemExit):
+        main(["sample", str(masked_run), "--solver-options", "eta=1", "--out", str(tmp_path / "no")])
+    assert "unknown option of solver 'masked'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["tune", str(masked_run)])
+    assert "tune searches the solvers of noise" in capsys.readouterr().err

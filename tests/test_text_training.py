@@ -51,6 +51,26 @@ def run(pictures, tmp_path_factory):
     return out
 
 
+def test_captions_condition_masked_tokens(pictures, tmp_path):
+    """An MM-DiT with its own text encoder, of pixels as tokens of 64 colours."""
+    from dataclasses import replace
+
+    from smalti.config import Budget
+    from smalti.training.display import SilentDisplay
+    from smalti.training.loop import train
+
+    tokens = [
+        "autoencoder=pixel_levels", "autoencoder.levels=4", "autoencoder.channels=3", "process=masked_arccos",
+        "objective.prediction_type=tokens", "sampling.solver=masked", "timesteps=uniform", "model.in_channels=8",
+    ]  # fmt: skip
+    config = apply_overrides(recipe("emoji-32"), [*settings(pictures), *tokens])
+    train(replace(config, budget=Budget("steps", 20)), tmp_path / "run", display=SilentDisplay())
+    pipe = smalti.load(tmp_path / "run")
+    drawn = pipe(prompts=["a red circle", "a blue square"], num_inference_steps=3, guidance_scale=2.0).tensor
+    assert drawn.shape == (2, 3, 16, 16)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
 def mean_colour(pictures):
     """Of the pixels that are not near white: [batch, 3]."""
     ink = (pictures.amin(1, keepdim=True) < 0.3).float()

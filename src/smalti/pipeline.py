@@ -155,12 +155,6 @@ class Pipeline:
             raise UserError(f"t_start={plan.times[0]} is pure noise, where a network of {prediction!r} knows no x0")
         return plan
 
-    def _check_option_names(self, solver: str | None, options: Mapping[str, Any]) -> None:
-        if isinstance(self.process, Masking):
-            check_masked_options(options)
-        else:
-            check_option_names(solver or self.config.sampling.solver, options)
-
     def denoiser(
         self,
         batch_size: int,
@@ -315,7 +309,7 @@ class Pipeline:
         for r in requests:
             key = _plan_key(r)
             if key not in by_settings:
-                self._check_option_names(r.solver, r.solver_options)
+                check_option_names(r.solver or self.config.sampling.solver, r.solver_options)
                 by_settings[key] = self.plan(r.num_inference_steps, r.solver, r.spacing, **r.solver_options)
             plans.append(by_settings[key])
         all_seeds = torch.tensor(seeds, device=self.device)

@@ -310,8 +310,8 @@ def _limits(body: Mapping[str, Any]) -> list[str]:
         if tokenizer is not None:
             lines.append(
                 f"The tokenizer of {contender['name']} was trained first, for {tokenizer['seconds']:.0f} s of the "
-                f"comparison's time that its FLOPs and seconds leave out: {tokenizer['psnr']:.1f} dB on held-out digits, "
-                f"{tokenizer['codes_used']} codes used."
+                f"comparison's time that its FLOPs and seconds leave out: {tokenizer['psnr']:.1f} dB on held-out "
+                f"digits, {tokenizer['codes_used']} codes used."
             )
     fewer = body["spec"]["num_samples"] - body["samples"]
     if fewer > 0:

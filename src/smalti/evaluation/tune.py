@@ -175,6 +175,11 @@ def tune_run(
     pipe = load(run, checkpoint=checkpoint)
     if pipe.config.num_classes != 10:
         raise UserError(f"{run} is not conditional on the ten digits: nothing to judge")
+    if pipe.tokenizer is not None:
+        raise UserError(
+            f"{run} is a masked model: tune searches the solvers of noise; try `smalti eval {run} --solver-options "
+            "choice_temperature=4` and other values"
+        )
     judge = load_judge()
     real = judge_features(judge, to_signed_unit(load_digits()[1].images))[0].double().numpy()
     judging = _Judging(pipe, judge, real, seed)

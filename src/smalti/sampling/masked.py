@@ -75,6 +75,10 @@ def masked_plan(
     choice_temperature: at the first call, falling linearly to 0; more of it gives more variety and more errors. 2 is
     aMUSEd's, 4.5 MaskGIT's.
     """
+    options = {"t_start": t_start, "temperature": temperature, "choice_temperature": choice_temperature}
+    for name, number in options.items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise UserError(f"{name}={number!r} must be a number")
     if num_inference_steps < 1:
         raise UserError(f"num_inference_steps={num_inference_steps} must be at least 1")
     if not 0.0 < t_start <= 1.0:

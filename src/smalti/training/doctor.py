@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from smalti.autoencoders.codebook_usage import codebook_usage, token_counts
 from smalti.conditioning.captions import CountsTokens, caption_lengths
 from smalti.config import RunConfig, check_parts
 from smalti.diffusion.processes import make_process
@@ -139,6 +140,16 @@ def _values(data: RunData, found: Callable[..., None]) -> None:
     rows = max(data.training, key=len)
     count = min(256, len(rows))
     x0 = rows.read(torch.arange(count) * len(rows) // count)
+    if data.tokenizer is not None:
+        usage = codebook_usage(token_counts(x0, data.tokenizer.codebook_size))
+        text = (
+            f"{usage.used} of {usage.codebook_size} tokens used in {count} pictures, perplexity {usage.perplexity:.1f}"
+        )
+        if usage.collapsed:
+            found("tokens", f"{text}: the codebook has collapsed, docs/masked.md says what to change", "look")
+        else:
+            found("tokens", text)
+        return
     mean, std = x0.mean(dim=(0, 2, 3)), x0.std(dim=(0, 2, 3))
     parts = ((mean, "+.2f"), (std, ".2f"))
     means, stds = (", ".join(f"{value:{form}}" for value in part.tolist()) for part, form in parts)

@@ -16,6 +16,7 @@ import torch
 from smalti.diffusion.processes import Process
 from smalti.errors import UserError, unknown_name
 from smalti.sampling.grids import explicit_grid, time_grid
+from smalti.sampling.masked import MASKED_SOLVER, check_masked_options
 from smalti.sampling.plan import Plan
 from smalti.sampling.solvers.ancestral import ddim, ddpm
 from smalti.sampling.solvers.consistency import consistency, lcm
@@ -134,6 +135,9 @@ def check_option_names(solver: str, options: Iterable[str]) -> None:
 
     For callers that take options as names and values, where another argument's name would else be given twice.
     """
+    if solver == MASKED_SOLVER:
+        check_masked_options(options)
+        return
     own = solver_entry(solver).options
     for option in options:
         if option not in (*own, *_GRID_OPTIONS):
