@@ -153,6 +153,8 @@ def test_the_commands_take_masked_runs(masked_run, tmp_path, capsys):
     code, _, said = called(capsys, "sample", masked_run, "--solver-options", "eta=1", "--out", tmp_path / "no")
     assert code == 2
     assert "unknown option of solver 'masked'" in said
+    assert called(capsys, "eval", masked_run, "--num-images", "100", "--num-inference-steps", "2")[0] == 0
+    assert json.loads((masked_run / "evaluation.json").read_text())["solver"] == "masked"
     code, _, said = called(capsys, "tune", masked_run)
     assert code == 2
     assert "tune searches the solvers of noise" in said

@@ -338,6 +338,19 @@ class Pipeline:
         """Where the network's weights are."""
         return next(self.backbone.parameters()).device if isinstance(self.backbone, nn.Module) else torch.device("cpu")
 
+    @cached_property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what is drawn at the run's own size."""
+        model = self.config.model
+        height, width = model.image_size
+        if self.tokenizer is not None:
+            return self.tokenizer.in_channels, height * self.tokenizer.factor, width * self.tokenizer.factor
+        if self.decode is None:
+            return model.in_channels, height, width
+        with torch.inference_mode():
+            picture = self.pictures(torch.zeros(1, model.in_channels, height, width, device=self.device))
+        return picture.shape[1], picture.shape[2], picture.shape[3]
+
     @property
     def num_classes(self) -> int:
         """Labels that the network takes; 0 where it takes none."""

@@ -68,8 +68,7 @@ class DataRows:
 
 def data_rows(pipe: Pipeline) -> DataRows:
     """A run's rows as pixels, at the size of the pictures that its pipeline draws. Errors as open_rows'."""
-    with torch.inference_mode():
-        _, channels, height, width = pipe.pictures(pipe.start_noise(torch.zeros(1, dtype=torch.int64))).shape
+    channels, height, width = pipe.picture_shape
     opened = open_rows(pipe.config.data, channels, (height, width))
     return DataRows(opened.training, opened.held_out, pipe.config.data.kind)
 

@@ -54,15 +54,7 @@ def model_card(pipeline: Pipeline, name: str, created: int) -> ModelCard:
     model, sampling = pipeline.config.model, pipeline.config.sampling
     network = pipeline.backbone
     assert isinstance(network, nn.Module)
-    height, width = model.image_size
-    channels = model.in_channels
-    if pipeline.tokenizer is not None:
-        factor, channels = pipeline.tokenizer.factor, pipeline.tokenizer.in_channels
-        height, width = height * factor, width * factor
-    elif pipeline.decode is not None:
-        with torch.inference_mode():
-            picture = pipeline.pictures(torch.zeros(1, channels, height, width, device=pipeline.device))
-        channels, height, width = picture.shape[1:]
+    channels, height, width = pipeline.picture_shape
     # A token is an int64.
     values = math.prod(model.image_size) * (2 if pipeline.tokenizer is not None else model.in_channels)
     conditional = pipeline.num_classes > 0 or pipeline.encode_prompts is not None

@@ -201,11 +201,8 @@ def _editing(pipeline: Pipeline, order: PictureOrder) -> Editing | None:
         return None
     if pipeline.decode is not None:
         raise UserError("source: this network denoises latents, of which pictures cannot be edited yet")
-    (height, width), channels = order.image_size or pipeline.config.model.image_size, pipeline.config.model.in_channels
-    factor = 1
-    if pipeline.tokenizer is not None:
-        factor, channels = pipeline.tokenizer.factor, pipeline.tokenizer.in_channels
-    size = height * factor, width * factor
+    channels, height, width = pipeline.picture_shape
+    size = order.image_size or (height, width)
     image = decode_picture(order.source, "source", channels, size)
     mask = None if order.mask is None else (decode_picture(order.mask, "mask", 1, size) + 1) / 2
     return Editing(image, order.strength, mask)
