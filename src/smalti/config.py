@@ -118,6 +118,9 @@ class SamplingConfig:
     guidance_scale: float = 2.0
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     clip_x0: bool = False
+    # Of masked tokens: of the draws, and of the noise on their confidence (sampling/masked.py).
+    temperature: float = field(default=1.0, metadata={"only_if": ("solver", ("masked",))})
+    choice_temperature: float = field(default=2.0, metadata={"only_if": ("solver", ("masked",))})
 
     def __post_init__(self) -> None:
         from smalti.sampling.grids import spacings
@@ -128,6 +131,9 @@ class SamplingConfig:
             solver_entry(self.solver)
         if self.spacing not in spacings():
             raise unknown_name("spacing", self.spacing, spacings())
+        for name in ("temperature", "choice_temperature"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"sampling.{name}={getattr(self, name)} must be at least 0 and finite")
         if self.num_inference_steps < 1:
             raise UserError(f"sampling.num_inference_steps={self.num_inference_steps} must be at least 1")
 

@@ -426,7 +426,9 @@ def _masked_plan(
         raise UserError(f"spacing={spacing!r} has no effect on masked tokens: leave it out")
     check_masked_options(options)
     steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-    return masked_plan(process, steps, **{name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    own = {"temperature": defaults.temperature, "choice_temperature": defaults.choice_temperature}
+    return masked_plan(process, steps, **{**own, **given})
 
 
 def _all_or_none(name: str, given: Sequence[Value | None]) -> list[Value] | None:
