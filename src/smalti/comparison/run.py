@@ -9,7 +9,6 @@ OUT/report.html       the report
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -466,7 +465,6 @@ def _gathered(
         "spec": spec.to_json(),
         "minutes": minutes,
         "seconds": round(journal.spent, 1),
-        "command": " ".join(["smalti", *sys.argv[1:]]),
         "finished": time.strftime("%Y-%m-%d"),
         "machine": _machine(next(iter(configs.values()))),
         "samples": samples,
