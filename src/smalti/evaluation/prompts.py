@@ -96,7 +96,8 @@ def evaluate_prompted_run(
     if process is not None:
         pipe = pipe.on_process(process)
     measuring = measuring or Measuring()
-    opened = open_run_rows(pipe.config)
+    channels, height, width = pipe.picture_shape
+    opened = open_run_rows(pipe.config, channels, (height, width))
     rows = opened.training
     if not isinstance(rows, PicturesInMemory) or rows.captions is None:
         raise UserError(f"{run} was not trained on captioned pictures that fit in memory: nothing to judge by")

@@ -67,7 +67,7 @@ def open_run_data(
     if isinstance(config.autoencoder, Pixels) and config.buckets is not None:
         return _open_run_buckets(config, config.buckets, progress)
     if isinstance(config.autoencoder, Pixels):
-        opened = open_run_rows(config, progress)
+        opened = open_run_rows(config, config.model.in_channels, config.model.image_size, progress)
         return RunData((opened.training,), _filled(opened.held_out), opened.skipped)
     if config.buckets is not None:
         raise UserError(f"buckets: only for autoencoder=pixels, and this run has {config.autoencoder.kind}")
@@ -103,7 +103,7 @@ def _open_run_tokens(
     tokenizer = load_tokenizer(tokenizer_config, device)
     height, width = config.model.image_size
     size = (height * tokenizer.factor, width * tokenizer.factor)
-    opened = _open_pictures(config, tokenizer.in_channels, size, progress)
+    opened = open_run_rows(config, tokenizer.in_channels, size, progress)
     training, held_out = (
         tokenized(rows, tokenizer.encode, device, progress) for rows in (opened.training, opened.held_out)
     )
@@ -133,12 +133,13 @@ def _open_run_buckets(config: RunConfig, buckets: BucketConfig, progress: Progre
     return RunData(opened.training, opened.held_out, opened.skipped, opened.enlarged)
 
 
-def open_run_rows(config: RunConfig, progress: Progress | None = None) -> OpenedRows:
-    """A run's pictures as pixels, at its network's size. Errors as open_run_data's."""
-    return _open_pictures(config, config.model.in_channels, config.model.image_size, progress)
+def open_run_rows(
+    config: RunConfig, channels: int, size: tuple[int, int], progress: Progress | None = None
+) -> OpenedRows:
+    """A run's data as pixels, with the labels or captions that its network is told. size: height, width.
 
-
-def _open_pictures(config: RunConfig, channels: int, size: tuple[int, int], progress: Progress | None) -> OpenedRows:
+    Errors as open_run_data's.
+    """
     opened = open_rows(
         config.data,
         channels,
