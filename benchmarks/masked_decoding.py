@@ -1,6 +1,6 @@
 """Time of 16 pictures: a masked model at 12 calls against DDPM at 1,000, and other numbers of calls, in one run.
 
-    python benchmarks/masked_decoding.py MASKED_RUN DIFFUSION_RUN [--rounds 5]
+    python benchmarks/masked_decoding.py --masked RUN --diffusion RUN [--rounds 5]
 
 Both runs are of the digits, as `smalti train mnist-tokens` and `smalti train mnist-ddpm` (or mnist) make them. Guided
 pictures take two rows of each forward. Beside the times stand the judge's accuracies, of 500 pictures each.
