@@ -48,9 +48,12 @@ def test_training_rows_are_at_the_noise_floor_and_noise_at_least_50_times_worse(
         worst = resample(name, noise, real)
         assert worst.value > 50 * floor.value
         assert resample(name, rows[1000:], real).value < floor.high + 3 * (floor.high - floor.low)
+    # Where noise lies in a young judge's features is chance; as pixels it is far from every digit.
+    pixels = pixel_features(training.shape)
+    noise_pixels, real_pixels = features_of(pixels, uniform), rows_features(pixels, held_out)
     for name in ("precision", "recall", "density", "coverage"):
         assert resample(name, rows[:1000], real).value > 0.8
-        assert resample(name, noise, real).value < 0.02
+        assert resample(name, noise_pixels, real_pixels).value == 0
 
 
 def test_held_out_digits_are_not_memorised_and_copies_are(digits):

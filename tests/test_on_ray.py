@@ -32,7 +32,9 @@ def test_two_ray_workers_train_as_one_process(tmp_path):
 
     config = tiny_config(6, *PLAIN)
     train(config, tmp_path / "one", display=PlainDisplay(1e9))
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}})
+    ray.init(
+        num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
+    )
     try:
         record = train_on_ray(config, tmp_path / "two", workers=2)
     finally:

@@ -383,13 +383,12 @@ class Pipeline:
     def at_start(self, plan: AnyPlan, noise: Tensor, editing: Editing | None, rows: slice, seeds: Tensor) -> Tensor:
         """Where a plan begins, from start_noise() of seeds [batch] and, where there is one, the rows of an editing.
 
-        alpha x0 + sigma noise at the plan's first time; without a picture x0 is 0, the mean of what may come. Of tokens
-        see editing_start.tokens_at_start.
+        alpha x0 + sigma noise at the plan's first time; without a picture x0 is 0. Of tokens: tokens_at_start.
         """
         if isinstance(plan, MaskedPlan):
-            assert self.tokenizer is not None
             if editing is None:
                 return noise
+            assert self.tokenizer is not None
             return tokens_at_start(plan, self.tokenizer, self.config.model.image_size, editing, rows, seeds)
         t = float(plan.times[0])
         if editing is None or editing.strength == 1.0:
@@ -397,10 +396,7 @@ class Pipeline:
         return noised(self.process, editing.images(rows, noise), t, noise)
 
     def inpainting(self, denoiser: Denoiser, editing: Editing | None, rows: slice, noise: Tensor) -> Denoiser:
-        """The denoiser, keeping what an editing's mask keeps, if it has one. rows: of a batch; noise: of their start.
-
-        A masked model keeps tokens by itself: they are never hidden.
-        """
+        """The denoiser, keeping what an editing's mask keeps, if it has one; a masked model keeps tokens by itself."""
         if editing is None or editing.mask is None or self.tokenizer is not None:
             return denoiser
         return InpaintDenoiser(denoiser, self.process, editing.images(rows, noise), editing.masks(rows, noise), noise)
