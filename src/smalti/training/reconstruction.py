@@ -201,7 +201,7 @@ def train_to_reconstruct(
     grid_picture(torch.cat([shown, task.reconstruct(average, shown)]), len(shown), zoom=2).save(out / PICTURE)
     result = Trained(average, before, after, task.measures(average, held_out_rows), step, seconds, outcome)
     record: dict[str, Any] = {
-        "config": to_json(config), "steps": step, "seconds": round(seconds, 1), "outcome": outcome,
+        "config": to_json(config), "steps": step, "seconds": round(seconds, 3), "outcome": outcome,
         "psnr_before": round(before, 3), "psnr_after": round(after, 3),
         **{name: round(value, 4) for name, value in result.measures.items()}, "threads": torch.get_num_threads(),
     }  # fmt: skip
