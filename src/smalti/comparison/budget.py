@@ -68,9 +68,8 @@ def network_steps(pipe: Pipeline, calls: int) -> int:
     raise UserError(f"calls={calls}: one step of {pipe.config.sampling.solver} takes more")
 
 
-def measure_speed(config: RunConfig, folder: Path, steps: int) -> Speed:
-    """Train for a few steps, at least two, in a folder that is removed afterwards, and sample twice."""
-    shutil.rmtree(folder, ignore_errors=True)
+def time_steps(config: RunConfig, folder: Path, steps: int) -> tuple[float, float]:
+    """Train for a few steps, at least two, into a new folder; seconds of a step, and of the whole run besides steps."""
     clock = StepClock()
     never = 10**9
     probe = replace(
@@ -84,6 +83,13 @@ def measure_speed(config: RunConfig, folder: Path, steps: int) -> Speed:
     whole = time.perf_counter() - began
     moments = clock.moments  # from the first step's end: it is slower than the rest
     step = (moments[-1] - moments[0]) / (steps - 1)
+    return step, whole - steps * step
+
+
+def measure_speed(config: RunConfig, folder: Path, steps: int) -> Speed:
+    """Train for a few steps, at least two, in a folder that is removed afterwards, and sample twice."""
+    shutil.rmtree(folder, ignore_errors=True)
+    step, besides = time_steps(config, folder, steps)
     pipe = load(folder)
     calls = 2
     durations = []
@@ -94,7 +100,7 @@ def measure_speed(config: RunConfig, folder: Path, steps: int) -> Speed:
     shutil.rmtree(folder)
     call = min(durations) / (calls * SAMPLING_BATCH)
     preview = _PREVIEW_PICTURES * max(0, config.sampling.num_inference_steps - calls) * call
-    return Speed(step, call, training_flops(config), max(0.0, whole - steps * step) + preview)
+    return Speed(step, call, training_flops(config), max(0.0, besides) + preview)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 It dies with its parent (PR_SET_PDEATHSIG, and the end of the socket). It tells of each tick, which is its heartbeat.
 """
 
-import ctypes
-import os
 import signal
 import socket
 import sys
@@ -12,6 +10,7 @@ from contextlib import suppress
 
 import msgspec
 
+from smalti.child_process import die_with_parent
 from smalti.errors import UserError
 from smalti.serving.channel import BlockingChannel
 from smalti.serving.checkpoint_slots import CheckpointSlots
@@ -21,7 +20,6 @@ from smalti.serving.model_settings import ModelSettings
 from smalti.training.memory import keep_freed_memory
 
 _IDLE_SECONDS = 1.0  # between heartbeats of a worker that has nothing to do
-_PR_SET_PDEATHSIG = 1
 
 
 class WorkerArguments(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,14 +30,6 @@ class WorkerArguments(msgspec.Struct, frozen=True, kw_only=True):
     connection: int
     memory: int
     model: ModelSettings
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, where the kernel can (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def serve(channel: BlockingChannel[ToWorker], memory: int, settings: ModelSettings, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,21 +52,24 @@ def _losses(
     return ranks.combine(combined, activity)
 
 
-def validation_of_run(run: Path, device: str = "cpu") -> Callable[[Backbone], float]:
+def validation_of_run(
+    run: Path, device: str = "cpu", part: Literal["held_out", "training"] = "held_out"
+) -> Callable[[Backbone], float]:
     """What takes a network with any of a run's weights to its validation loss, as the run itself measured it: the mean
-    over held-out rows at fixed t and noise.
+    over held-out rows at fixed t and noise. part="training": over as many of the rows that it was trained on.
 
     Raises UserError where the run's data cannot be opened or holds no rows out.
     """
     config, place = read_config(run), torch.device(device)
     process = make_process(config.process)
     data = open_run_data(config, place, run)
-    if not data.num_held_out:
+    rows_of_part = data.held_out if part == "held_out" else data.training
+    if not sum(map(len, rows_of_part)):
         raise UserError(f"{run} holds no rows out to validate on")
     encoder = pretrained_encoder(config, place)
     encode: PromptEncoder | None = None if encoder is None else caption_features(config, data, encoder)
     tokenizer = kept_tokenizer(config, data.training, RunFolder(run))
     if tokenizer is not None:
         encode = tokenizer.encode
-    batches = list(validation_batches(config, process, [rows.to(place) for rows in data.held_out], encode))
+    batches = list(validation_batches(config, process, [rows.to(place) for rows in rows_of_part], encode))
     return lambda network: held_out_losses(config, process, network, batches).mean().item()

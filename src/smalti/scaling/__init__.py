@@ -1,0 +1,1 @@
+"""The scaling lab: runs of many sizes and budgets, the law that their losses follow, and plans made from it."""
