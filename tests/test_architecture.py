@@ -12,7 +12,7 @@ SOURCE = Path(smalti.__file__).parent
 # A room may import from rooms on lines above its own. Rooms of one line may not import each other.
 FLOORS = [
     ["errors"],
-    ["rng", "types"],
+    ["rng", "types", "child_process", "pages"],
     ["nn"],
     ["models", "diffusion"],
     ["sampling"],
@@ -29,6 +29,7 @@ FLOORS = [
     ["evaluation"],
     ["recipes"],
     ["comparison"],
+    ["scaling"],
     ["serving"],
     ["describe"],
     [

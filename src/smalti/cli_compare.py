@@ -34,9 +34,9 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 def compare_command(command: Compare) -> int:
     """smalti compare SPEC."""
     from smalti.comparison.bundled import find_spec
-    from smalti.comparison.charts import charts_available
     from smalti.comparison.report import conclusion_lines, read_comparison, write_report
     from smalti.comparison.run import run_comparison
+    from smalti.pages.figures import charts_available
     from smalti.training.memory import keep_freed_memory
 
     spec = find_spec(command.spec)

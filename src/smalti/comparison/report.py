@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from smalti.comparison.charts import COLOURS, Line, charts_available, line_chart
+from smalti.comparison.charts import Line, line_chart
 from smalti.comparison.conclusions import (
     ACCURACY,
     DECIDING,
@@ -26,6 +26,8 @@ from smalti.comparison.run import FORMAT, paths
 from smalti.errors import UserError
 from smalti.evaluation.cards import Card, card_from_json, check_comparable
 from smalti.evaluation.intervals import Estimate
+from smalti.pages.figures import COLOURS, charts_available
+from smalti.pages.page import render_page
 from smalti.run_folder import write_text
 
 _MATCHED = {
@@ -326,17 +328,13 @@ def _limits(body: Mapping[str, Any]) -> list[str]:
 def render(body: Mapping[str, Any]) -> str:
     """The report of comparison.json as HTML. Raises UserError where matplotlib or jinja2 is missing."""
     charts_available()
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError:
-        raise UserError("the report needs jinja2: pip install jinja2") from None
     template = (files("smalti.comparison") / "report.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     found = conclude(body)
     reasons = [(verdict, sentences(verdict)) for verdict in found.calls]
     by_seconds = [(verdict, sentences(verdict)) for verdict in found.seconds]
     colours = {c["name"]: COLOURS[i % len(COLOURS)] for i, c in enumerate(body["contenders"])}
-    return environment.from_string(template).render(
+    return render_page(
+        template,
         body=body,
         found=found,
         metrics=DECIDING,

@@ -6,8 +6,6 @@ OUT/comparison.json   everything in one file, from which the report is written
 OUT/report.html       the report
 """
 
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +17,6 @@ from typing import Any
 import filelock
 import torch
 
-import smalti
 from smalti.checkpoint import list_checkpoints
 from smalti.comparison.budget import (
     CURVE_SHARES,
@@ -35,6 +32,7 @@ from smalti.comparison.budget import (
     samples_after_training,
     training_flops,
 )
+from smalti.comparison.machine import machine_of
 from smalti.comparison.memory import peak_memory
 from smalti.comparison.pictures import grid_png
 from smalti.comparison.scores import DigitsYardstick, digits_yardstick, labels_of
@@ -50,7 +48,6 @@ from smalti.pipeline import load
 from smalti.run_folder import RunFolder, append_row, read_rows, write_json
 from smalti.training.display import SilentDisplay
 from smalti.training.failure import TrainingDiverged
-from smalti.training.forward import product_dtype
 from smalti.training.loop import train
 
 FORMAT = 1
@@ -405,29 +402,6 @@ def _drawn_and_judged(
     }
 
 
-def _processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _machine(config: RunConfig) -> dict[str, Any]:
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "products": str(product_dtype(config.loop, torch.device("cpu"))).removeprefix("torch."),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "smalti": smalti.__version__,
-    }
-
-
 def _gathered(
     spec: ComparisonSpec,
     configs: Mapping[str, RunConfig],
@@ -466,7 +440,7 @@ def _gathered(
         "minutes": minutes,
         "seconds": round(journal.spent, 1),
         "finished": time.strftime("%Y-%m-%d"),
-        "machine": _machine(next(iter(configs.values()))),
+        "machine": machine_of(next(iter(configs.values()))),
         "samples": samples,
         "curve": {"calls": curve_calls(spec), "samples": curve_samples(samples)},
         "judge": {"held_out_accuracy": judge.held_out_accuracy, "real_fd": judge.floor(samples)},

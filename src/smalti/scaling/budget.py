@@ -27,7 +27,7 @@ class StudyBudget:
 
 
 def parse_budget(text: str) -> StudyBudget:
-    """"60min", "2h", "90s", or FLOPs: "1e15", "1e15flops". Raises UserError for anything else."""
+    """ "60min", "2h", "90s", or FLOPs: "1e15", "1e15flops". Raises UserError for anything else."""
     match = _AMOUNT.fullmatch(text.strip())
     unit = match["unit"].lower() if match else ""
     try:
@@ -106,8 +106,8 @@ def smallest_budget(
     if least > budget.amount:
         needed = f"{least / 60:.0f}min" if budget.unit == "seconds" else f"{least:.1e}"
         raise UserError(
-            f"--budget is too small: {spec.slices} slices over a {spec.compute_range:g}x range of compute need at least "
-            f"{needed} here; give that, or a study of fewer slices, narrower widths or a smaller compute_range"
+            f"--budget is too small: {spec.slices} slices over a {spec.compute_range:g}x range of compute need at "
+            f"least {needed} here; give that, or a study of fewer slices, narrower widths or a smaller compute_range"
         )
     high = math.log(_MOST)
     while high - low > math.log(_FACTOR):

@@ -122,7 +122,9 @@ def sizes_around(sizes: Sequence[Size], parameters: float, count: int) -> tuple[
     return tuple(sizes[start : start + count])
 
 
-def _grown(known: Sequence[Size], losses: Mapping[int, float], ladder: Sequence[Size]) -> tuple[Size | None, str | None]:
+def _grown(
+    known: Sequence[Size], losses: Mapping[int, float], ladder: Sequence[Size]
+) -> tuple[Size | None, str | None]:
     """The size to add to a slice whose results are in, if any, and what is wrong where its minimum is at an edge."""
     finished = [size for size in known if size.width in losses]
     if not finished:

@@ -9,7 +9,6 @@ from its newest checkpoint; several processes may work in one folder, on one mac
 locks, on several.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +85,7 @@ def _judged(spec: ScalingSpec) -> bool:
     return bool(spec.samples) and isinstance(spec.config().data, DigitsData)
 
 
-def _measure(spec: ScalingSpec, folder: Path, executor: Executor, device: str) -> StepTimes:
+def measure_steps(spec: ScalingSpec, executor: Executor, device: str, folder: Path | None = None) -> StepTimes:
     """Time steps of the smallest, a middle and the largest size, in as many processes at a time as runs will be."""
     sizes = spec.sizes()
     chosen = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
@@ -139,7 +138,7 @@ def open_study(
             study = read_study(folder)
             if study.spec != spec:
                 raise UserError(
-                    f"{folder} holds another study ({study.spec.name}): give another --out, or its spec to go on with it"
+                    f"{folder} holds another study ({study.spec.name}): give another --out, or its spec to go on"
                 )
             return study
         times = None
@@ -238,9 +237,7 @@ def run_study(
                 _look_after(study, key, held, deaths, say, one)
 
 
-def _look_after(
-    study: Study, key: str, held: dict[str, _Held], deaths: dict[str, int], say: Say, one: _Held
-) -> None:
+def _look_after(study: Study, key: str, held: dict[str, _Held], deaths: dict[str, int], say: Say, one: _Held) -> None:
     """Keep the result of a task that ended; one whose process died may be tried again."""
     ended = one.running.ended()
     if ended is None:
@@ -281,9 +278,3 @@ def _share(study: Study, known: Layout, wanted: dict[str, tuple[Task, Cell]]) ->
     missing = {cell for task, cell in wanted.values() if task.kind == "train"}
     done = sum(cell.flops for cell in known.cells if cell not in missing)
     return min(1.0, done / total)
-
-
-def with_overrides(spec: ScalingSpec, overrides: Sequence[str], samples: int | None) -> ScalingSpec:
-    """The study with more of its recipe set, and another number of samples."""
-    spec = dataclasses.replace(spec, set=(*spec.set, *overrides))
-    return spec if samples is None else dataclasses.replace(spec, samples=samples)
