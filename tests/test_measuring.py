@@ -123,6 +123,7 @@ def test_cards_of_a_folder_with_and_without_classes(tmp_path, capsys, monkeypatc
             assert code == 0, error
         cards = read_cards(run / "evaluation.json")
         assert "kid" in {card.metric for card in cards}
+        assert {card.drawing.guidance_scale for card in cards} == {1.5 if classes else 1.0}  # 1: nothing to guide by
         with Image.open(run / "nearest.png") as picture:
             assert picture.width == 2 * (16 * 18 + 2)
 

@@ -187,8 +187,7 @@ def _sample(command: Sample) -> int:
     prompts = [prompt for prompt in command.prompts for _ in range(each)] or None
     defaults = pipe.config.sampling
     sampler = command.sampler
-    if sampler.process is not None:
-        pipe = pipe.on_process(sampler.process)
+    pipe = pipe.on_process(sampler.process)
     sampling = sampling_arguments(sampler, defaults)
     with progress_bar("sampling") as progress:
         output = pipe(

@@ -110,11 +110,11 @@ class Pipeline:
         each batch size compiles (tens of seconds on a CPU), later ones are faster. Results agree to rounding."""
         return replace(self, compile=True)
 
-    def on_process(self, name: str) -> "Pipeline":
-        """The same network sampled on another process, by matching log-SNR. Raises UserError for an unknown name."""
-        if self.tokenizer is not None or isinstance(make_process(name), Masking):
+    def on_process(self, name: str | None) -> "Pipeline":
+        """The network sampled on another process, by matching log-SNR; None: as it is. UserError where it cannot be."""
+        if name is not None and (self.tokenizer is not None or isinstance(make_process(name), Masking)):
             raise UserError(f"process={name!r}: masked models and others cannot be sampled on each other's processes")
-        return replace(self, sampled_process=name)
+        return self if name is None else replace(self, sampled_process=name)
 
     @cached_property
     def process(self) -> Process:
@@ -304,7 +304,7 @@ class Pipeline:
         scales = torch.tensor(
             [self.scale_or_default(r.guidance_scale, conditional) for r in requests], device=self.device
         )
-        by_settings: dict[Any, Plan] = {}
+        by_settings: dict[Any, AnyPlan] = {}
         plans = []
         for r in requests:
             key = _plan_key(r)

@@ -1,6 +1,5 @@
 """diffusers' autoencoders as ours: AutoencoderKL, AutoencoderDC, AutoencoderTiny, VQModel, by name or folder."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from smalti.autoencoders.network_folder import config_value
 from smalti.autoencoders.protocol import check_pictures, check_tokens
 from smalti.data.fingerprint import fingerprint
 from smalti.errors import UserError
@@ -232,11 +232,7 @@ def _check_folder(config: DiffusersConfig, folder: Path) -> None:
 
 def read_class(folder: Path) -> str | None:
     """The class that a folder of diffusers' names in its config.json; None where there is none."""
-    try:
-        body = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    name = body.get("_class_name") if isinstance(body, dict) else None
+    name = config_value(folder, "_class_name")
     return None if name is None else str(name)
 
 

@@ -48,6 +48,15 @@ def read_network_sizes(folder: Path, kind: str) -> dict[str, Any]:
     return sizes
 
 
+def config_value(folder: Path, name: str) -> Any:
+    """What a folder's config.json, ours or diffusers', says of a name; None where it says nothing or cannot be read."""
+    try:
+        body = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    return body.get(name) if isinstance(body, dict) else None
+
+
 def read_network_folder(folder: Path, kind: str, build: Callable[[dict[str, Any]], NetworkT]) -> NetworkT:
     """The network that write_network_folder wrote, frozen, in eval mode. build: from what it was given as sizes.
 

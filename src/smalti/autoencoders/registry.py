@@ -1,6 +1,5 @@
 """Which autoencoder or tokenizer a run has, as config, and loading it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -18,7 +17,7 @@ from smalti.autoencoders.from_diffusers import (
     load_tokens_from_diffusers,
     read_class,
 )
-from smalti.autoencoders.network_folder import CONFIG
+from smalti.autoencoders.network_folder import CONFIG, config_value
 from smalti.autoencoders.pixel_levels import PixelLevels, PixelLevelsTokenizer
 from smalti.autoencoders.protocol import Autoencoder, Tokenizer
 from smalti.autoencoders.small_kl import SmallKLConfig, load_small_kl
@@ -122,7 +121,7 @@ def autoencoder_of(path: str, subfolder: str | None = None) -> AutoencoderConfig
         if name == cls.class_name:
             return cls(path, subfolder)
     if name is None and (folder / CONFIG).is_file():
-        if _kind_in(folder) == SmallTokenizerConfig.kind:
+        if config_value(folder, "kind") == SmallTokenizerConfig.kind:
             return LearnedTokenizer(str(folder), read_codebook_size(folder))
         return SmallKLAutoencoder(str(folder))  # its reader says what is wrong, if anything is
     if subfolder is None:
@@ -132,12 +131,3 @@ def autoencoder_of(path: str, subfolder: str | None = None) -> AutoencoderConfig
     held = f"a {name}" if name else "no config.json"
     known = ", ".join([*(cls.class_name for cls in _DIFFUSERS), SmallKLConfig.kind, SmallTokenizerConfig.kind])
     raise UserError(f"{folder} holds {held}: an autoencoder is one of {known}")
-
-
-def _kind_in(folder: Path) -> object:
-    """What a folder's config.json says its kind is."""
-    try:
-        body = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError):
-        return None
-    return body.get("kind") if isinstance(body, dict) else None

@@ -227,8 +227,7 @@ def headline(verdicts: Sequence[Verdict]) -> str:
     alone = [verdict for verdict in verdicts if verdict.kind == "alone"]
     if alone:
         parts.append(f"only one contender has anything to show at {_budgets(alone)}")
-    text = "; ".join(parts)
-    return text + "."
+    return f"{'; '.join(parts)}."
 
 
 def _budgets(verdicts: Sequence[Verdict]) -> str:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from smalti.comparison.bundled import bundled_specs
 from smalti.comparison.charts import Line, line_chart
 from smalti.comparison.conclusions import (
     ACCURACY,
@@ -22,7 +23,8 @@ from smalti.comparison.conclusions import (
     verdicts_by_calls,
     verdicts_by_seconds,
 )
-from smalti.comparison.run import FORMAT, paths
+from smalti.comparison.journal import ComparisonFolder
+from smalti.comparison.run import FORMAT
 from smalti.errors import UserError
 from smalti.evaluation.cards import Card, card_from_json, check_comparable
 from smalti.evaluation.intervals import Estimate
@@ -48,7 +50,7 @@ def _estimate(body: Mapping[str, Any]) -> Estimate:
 
 def read_comparison(out: Path) -> dict[str, Any]:
     """The body of a folder's comparison.json. Raises UserError where it is missing, damaged or of another format."""
-    path = paths(out)[2]
+    path = ComparisonFolder(out).comparison
     try:
         body = json.loads(path.read_text())
     except OSError as error:
@@ -70,7 +72,7 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
             {key: _estimate(value) for key, value in row["figures"].items()},
         )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 @dataclass(frozen=True)
@@ -290,7 +292,7 @@ def _settings(body: Mapping[str, Any]) -> list[dict[str, str]]:
             if name in sampling
         )
         rows.append({"name": contender["name"], "command": command, "sampling": how})
-    return rows  # fmt: skip
+    return rows
 
 
 def _limits(body: Mapping[str, Any]) -> list[str]:
@@ -322,7 +324,7 @@ def _limits(body: Mapping[str, Any]) -> list[str]:
         )
     if any(c["training"]["resumed"] for c in body["contenders"]):
         lines.append("The comparison was interrupted and gone on with; a training's seconds are of all its sessions.")
-    return lines  # fmt: skip
+    return lines
 
 
 def render(body: Mapping[str, Any]) -> str:
@@ -354,8 +356,6 @@ def render(body: Mapping[str, Any]) -> str:
 
 
 def _spec_argument(body: Mapping[str, Any]) -> str:
-    from smalti.comparison.bundled import bundled_specs
-
     name = str(body["spec"]["name"])
     spec = bundled_specs().get(name)
     return name if spec is not None and spec.to_json() == body["spec"] else f"{name}.json"
@@ -363,6 +363,6 @@ def _spec_argument(body: Mapping[str, Any]) -> str:
 
 def write_report(out: Path) -> Path:
     """Write a folder's report from its comparison.json. Raises UserError as read_comparison does."""
-    path = paths(out)[3]
+    path = ComparisonFolder(out).report
     write_text(path, render(read_comparison(out)))
     return path

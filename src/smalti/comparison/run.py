@@ -1,16 +1,9 @@
-"""Running a comparison: measure speeds, plan, train, sample, judge. What is done is kept and not done again.
+"""Running a comparison: measure speeds, plan, train, sample, judge. What is done is kept and not done again."""
 
-OUT/rows.jsonl        what was measured, as it came: the start, speeds, the plan, trainings, scores
-OUT/runs/NAME         each contender's run directory
-OUT/comparison.json   everything in one file, from which the report is written
-OUT/report.html       the report
-"""
-
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +25,7 @@ from smalti.comparison.budget import (
     samples_after_training,
     training_flops,
 )
+from smalti.comparison.journal import ComparisonFolder, Journal
 from smalti.comparison.machine import machine_of
 from smalti.comparison.memory import peak_memory
 from smalti.comparison.pictures import grid_png
@@ -45,7 +39,7 @@ from smalti.evaluation.cards import Drawing, card_to_json
 from smalti.evaluation.intervals import Estimate
 from smalti.models.registry import forward_flops
 from smalti.pipeline import load
-from smalti.run_folder import RunFolder, append_row, read_rows, write_json
+from smalti.run_folder import RunFolder, read_rows, write_json
 from smalti.training.display import SilentDisplay
 from smalti.training.failure import TrainingDiverged
 from smalti.training.loop import train
@@ -56,36 +50,6 @@ Progress = Callable[[str, float], None]
 _PROBE_STEPS = 8  # to measure a contender's speed; three times as many where there is time
 _VALIDATED_STEPS = 800  # of a run that is validated on its way
 _KEPT = 8  # checkpoints of a run, evenly spread: learning curves and resuming are of them
-
-
-def paths(out: Path) -> tuple[Path, Path, Path, Path]:
-    """(rows, runs, comparison.json, report) of a folder."""
-    return out / "rows.jsonl", out / "runs", out / "comparison.json", out / "report.html"
-
-
-@dataclass
-class Journal:
-    """The rows of a folder, each kept on the disk when it is added."""
-
-    path: Path
-    rows: list[dict[str, Any]]
-
-    def find(self, kind: str, **values: Any) -> dict[str, Any] | None:
-        """The row of a kind with these values."""
-        wanted = {"kind": kind, **values}
-        return next((row for row in self.rows if all(row.get(k) == v for k, v in wanted.items())), None)
-
-    def add(self, kind: str, spent: float, **values: Any) -> dict[str, Any]:
-        """spent: seconds that it took, of the budget."""
-        row = {"kind": kind, **values, "spent": round(spent, 3)}
-        append_row(self.path, row)
-        self.rows.append(row)
-        return row
-
-    @property
-    def spent(self) -> float:
-        """Seconds of the budget that the rows took."""
-        return float(sum(row["spent"] for row in self.rows))
 
 
 class _TrainingProgress(SilentDisplay):
@@ -106,7 +70,7 @@ def _say_nothing(text: str, share: float) -> None:
 @contextmanager
 def _opened(spec: ComparisonSpec, minutes: float, out: Path, overwrite: bool) -> Iterator[Journal]:
     """The folder's journal, for this process alone; begun anew where there is none."""
-    rows_path, *_ = paths(out)
+    folder = ComparisonFolder(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,12 +82,11 @@ def _opened(spec: ComparisonSpec, minutes: float, out: Path, overwrite: bool) ->
         raise UserError(f"{out} is in use by another smalti compare: wait for it, or give another --out") from None
     try:
         if overwrite:
-            for path in (*paths(out), out / "tokenizers"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        journal = Journal(rows_path, read_rows(rows_path))
+            folder.clear()
+        journal = Journal(folder, read_rows(folder.rows))
         start = journal.find("start")
         if start is None:
-            if any(paths(out)[1].glob("*")):
+            if any(folder.runs.glob("*")):
                 raise UserError(f"{out} holds runs but no comparison: give another --out, or --overwrite")
             journal.add("start", 0.0, spec=spec.to_json())
         elif start["spec"] != spec.to_json():
@@ -162,19 +125,19 @@ def run_comparison(
         began = time.perf_counter()
         progress("the judge", 0.0)
         judge = yardstick()
-        journal_spent = time.perf_counter() - began
-        configs = _with_tokenizers(spec, configs, journal, out, minutes, progress)
-        speeds, scoring = _speeds(configs, journal, out, minutes, judge, journal_spent, progress)
+        judge_seconds = time.perf_counter() - began
+        configs = _with_tokenizers(spec, configs, journal, minutes, progress)
+        speeds, scoring = _speeds(configs, journal, minutes, judge, judge_seconds, progress)
         plan = _plan(spec, journal, speeds, scoring, minutes)
         for number, (name, config) in enumerate(configs.items()):
             text = f"training {name} ({number + 1} of {len(configs)})"
-            _train(name, config, plan, speeds[name], journal, out, text, progress)
+            _train(name, config, plan, speeds[name], journal, text, progress)
         samples = _samples(spec, journal, speeds, scoring, minutes, plan)
         trained = [name for name in configs if not _training(journal, name).get("diverged")]
         for name in trained:
-            _score(name, spec, samples, judge, journal, out, progress)
-        path = paths(out)[2]
+            _score(name, spec, samples, judge, journal, progress)
         progress("writing", 0.0)
+        path = journal.folder.comparison
         write_json(path, _gathered(spec, configs, journal, minutes, samples, judge))
     return path
 
@@ -183,7 +146,6 @@ def _with_tokenizers(
     spec: ComparisonSpec,
     configs: Mapping[str, RunConfig],
     journal: Journal,
-    out: Path,
     minutes: float,
     progress: Progress,
 ) -> dict[str, RunConfig]:
@@ -193,7 +155,7 @@ def _with_tokenizers(
         name, config = contender.name, configs[contender.name]
         if not needs_tokenizer(config):
             continue
-        folder = out / "tokenizers" / name
+        folder = journal.folder.tokenizers / name
         if journal.find("tokenizer", name=name) is None:
             folder.parent.mkdir(exist_ok=True)
 
@@ -215,27 +177,28 @@ def _training(journal: Journal, name: str) -> dict[str, Any]:
 def _speeds(
     configs: Mapping[str, RunConfig],
     journal: Journal,
-    out: Path,
     minutes: float,
     judge: DigitsYardstick,
-    spent: float,
+    judge_seconds: float,
     progress: Progress,
 ) -> tuple[dict[str, Speed], float]:
-    """Each contender's speed, and the seconds of judging one set of pictures. spent: on the judge, already."""
+    """Each contender's speed, and the seconds of judging one set of pictures. judge_seconds: spent on making it."""
     row = journal.find("scoring")
     if row is None:
         began = time.perf_counter()
         noise = torch.rand(SCORED, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
         judge.figures(noise, labels_of(SCORED))
         scoring = time.perf_counter() - began
-        row = journal.add("scoring", spent + scoring, seconds=scoring)
+        row = journal.add("scoring", judge_seconds + scoring, seconds=scoring)
     speeds = {}
     for number, (name, config) in enumerate(configs.items()):
         progress(f"measuring the speed of {name}", number / len(configs))
         found = journal.find("speed", name=name)
         if found is None:
             began = time.perf_counter()
-            speed = measure_speed(config, out / "probe", _PROBE_STEPS if minutes < 5 else 3 * _PROBE_STEPS)
+            speed = measure_speed(
+                config, journal.folder.path / "probe", _PROBE_STEPS if minutes < 5 else 3 * _PROBE_STEPS
+            )
             found = journal.add("speed", time.perf_counter() - began, name=name, **asdict(speed))
         speeds[name] = Speed(**{field.name: found[field.name] for field in fields(Speed)})
     return speeds, float(row["seconds"])
@@ -257,7 +220,6 @@ def _train(
     plan: TrainingPlan,
     speed: Speed,
     journal: Journal,
-    out: Path,
     text: str,
     progress: Progress,
 ) -> None:
@@ -276,10 +238,10 @@ def _train(
         keep_checkpoints=_KEPT + 2,
     )
     config = replace(config, budget=plan.budget(name), loop=loop)
-    folder = RunFolder(paths(out)[1] / name)
-    before = read_rows(folder.timing)
+    folder = RunFolder(journal.folder.runs / name)
+    resumed = bool(read_rows(folder.timing))
     began = time.perf_counter()
-    diverged, result, peak = None, None, None
+    diverged, result = None, None
     with peak_memory() as memory:
         try:
             result = train(config, folder.path, resume=True, display=_TrainingProgress(text, progress))
@@ -287,17 +249,15 @@ def _train(
             diverged = str(error)
     if result is not None and result.outcome == "interrupted":
         raise KeyboardInterrupt
-    peak = memory.bytes
     seconds = result.seconds if result is not None else time.perf_counter() - began
-    # A killed session's time is in the run's clock, though not in a row of the journal.
-    resumed = bool(before)
     journal.add(
         "training",
+        # A killed session's time is in the run's clock, though not in a row of the journal.
         max(seconds, time.perf_counter() - began),
         name=name,
         steps=result.step if result is not None else None,
         seconds=seconds,
-        peak_bytes=peak,
+        peak_bytes=memory.bytes,
         resumed=resumed,
         diverged=diverged,
     )
@@ -331,11 +291,10 @@ def _score(
     samples: int,
     judge: DigitsYardstick,
     journal: Journal,
-    out: Path,
     progress: Progress,
 ) -> None:
     """Sample a contender at each number of calls and judge that; then its learning curve."""
-    run = paths(out)[1] / name
+    run = journal.folder.runs / name
     total = int(_training(journal, name)["steps"])
     for calls in spec.calls:
         if journal.find("score", name=name, calls=calls) is None:
@@ -428,7 +387,7 @@ def _gathered(
             "images": None if training["steps"] is None else training["steps"] * config.loop.batch_size,
             "training": training,
             "tokenizer": journal.find("tokenizer", name=name),
-            "losses": _losses(journal.path.parent / "runs" / name),
+            "losses": _losses(journal.folder.runs / name),
             "config": to_json(config),
         })  # fmt: skip
     scores = [row for row in journal.rows if row["kind"] == "score"]

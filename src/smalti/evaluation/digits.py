@@ -71,13 +71,10 @@ def evaluate_run(
     checkpoint: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     measuring: Measuring | None = None,
-    num_inference_steps: int | None = None,
-    solver: str | None = None,
-    spacing: str | None = None,
     guidance_scale: float | None = None,
     guidance: GuidanceOptions | None = None,
     process: str | None = None,
-    **solver_options: Any,
+    **sampling: Any,
 ) -> DigitsReport:
     """Draw num_images samples of a run (labels 0, 1, ... 9, 0, ...) and judge them.
 
@@ -90,10 +87,8 @@ def evaluate_run(
     pipe = load(run, checkpoint=checkpoint)
     if pipe.config.num_classes != 10:
         raise UserError(f"{run} is not conditional on the ten digits: nothing to judge")
-    if process is not None:
-        pipe = pipe.on_process(process)
-    # Before the judge, which may have to be trained: a mistake in the settings shows at once.
-    pipe.plan(num_inference_steps, solver, spacing, **solver_options)
+    pipe = pipe.on_process(process)
+    pipe.plan(**sampling)  # a mistake in the settings shows before a judge is trained
     measuring = measuring or Measuring()
     training_rows, held_out = load_digits()
     judge = load_judge(progress=progress)
@@ -103,13 +98,10 @@ def evaluate_run(
         labels,
         seed=seed,
         progress=progress,
-        num_inference_steps=num_inference_steps,
-        solver=solver,
-        spacing=spacing,
         guidance_scale=guidance_scale,
         guidance=guidance,
         batch_size=100,
-        **solver_options,
+        **sampling,
     )
     features, predicted = judge_features(judge, output.tensor)
     real, _ = judge_features(judge, to_signed_unit(held_out.images))
@@ -127,7 +119,7 @@ def evaluate_run(
         network_calls=output.plan.num_calls,
         process=pipe.process.name,
         solver=output.plan.solver,
-        guidance_scale=pipe.config.sampling.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance_scale=pipe.scale_or_default(guidance_scale, conditional=True),
         guidance=guidance or pipe.config.sampling.guidance,
         cards=measured.cards,
         notes=measured.notes,

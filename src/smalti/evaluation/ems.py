@@ -38,9 +38,7 @@ def estimate_run_ems(
         raise UserError(f"num_images={num_images} must lie in 3 .. {len(pictures)}, the training digits")
     x0, labels = pictures.labelled(rng.permutation(len(pictures), seed=seed, purpose="ems/rows")[:num_images])
     conditional = pipe.config.num_classes > 0
-    scale = guidance_scale
-    if scale is None:
-        scale = pipe.config.sampling.guidance_scale if conditional else 1.0
+    scale = pipe.scale_or_default(guidance_scale, conditional)
     ems = estimate_ems(
         lambda rows: pipe.denoiser(len(rows), scale),
         pipe.process,

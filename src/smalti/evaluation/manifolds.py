@@ -6,8 +6,6 @@ Naeem et al. 2020, "Reliable fidelity and diversity metrics for generative model
 Features that are not all finite (a sampler that diverged) lie in no ball, and no row lies in theirs.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,19 +58,14 @@ def _balls_of_reference(samples: Features, reference: Features, neighbours: int)
     return balls
 
 
-@dataclass(frozen=True)
-class _Halves:
-    """All samples in the first row, half of them in each other: bool [1 + replicates, samples]."""
+def _all_and_halves(samples: int, replicates: int, seed: int) -> NDArray[np.bool_]:
+    """All samples in the first row, half of them in each other: [1 + replicates, samples]."""
+    return np.concatenate([np.ones((1, samples), np.bool_), half_samples(samples, replicates, seed)])
 
-    chosen: NDArray[np.bool_]
 
-    @staticmethod
-    def of(samples: int, replicates: int, seed: int) -> "_Halves":
-        return _Halves(np.concatenate([np.ones((1, samples), np.bool_), half_samples(samples, replicates, seed)]))
-
-    def resampled(self, covered: NDArray[np.int64], rows: int) -> Resampled:
-        shares = covered / rows
-        return Resampled(float(shares[0]), shares[1:])
+def _of_all_and_halves(shares: NDArray[np.float64]) -> Resampled:
+    """The share of all samples, which comes first, and those of halves."""
+    return Resampled(float(shares[0]), shares[1:])
 
 
 def resampled_coverage(
@@ -81,14 +74,13 @@ def resampled_coverage(
     """coverage, and of halves of the samples without replacement (see intervals.half_samples)."""
     reach = radii(reference, neighbours)
     finite = np.isfinite(samples).all(axis=1)
-    halves = _Halves.of(len(samples), replicates, seed)
-    chosen = halves.chosen[:, finite].T.astype(np.float32)
-    covered = np.zeros(len(halves.chosen), dtype=np.int64)
+    chosen = _all_and_halves(len(samples), replicates, seed)[:, finite].T.astype(np.float32)
+    covered = np.zeros(1 + replicates, dtype=np.int64)
     if finite.any():
         for block, squared in distance_blocks(reference, samples[finite]):
             inside = (squared <= reach[block, None]).astype(np.float32)
             covered += (inside @ chosen > 0).sum(axis=0)
-    return halves.resampled(covered, len(reference))
+    return _of_all_and_halves(covered / len(reference))
 
 
 def resampled_recall(
@@ -99,20 +91,20 @@ def resampled_recall(
     The spread is that of other draws to some 15 % in 8 .. 40 dimensions; in 3, at a recall above 0.9, 1.6 times it.
     """
     finite = np.isfinite(samples).all(axis=1)
-    halves = _Halves.of(len(samples), replicates, seed)
-    covered = np.zeros(len(halves.chosen), dtype=np.int64)
+    halves = _all_and_halves(len(samples), replicates, seed)
+    covered = np.zeros(len(halves), dtype=np.int64)
     there = samples[finite]
     if len(there) > neighbours:
         # A half leaves out k of a row's nearest 2 k + 60 in all but one of some 2^60 draws.
         order, distances = nearest_others(there, min(len(there) - 1, 2 * neighbours + 60))
-        reach = np.stack([_radii_among(chosen[finite], order, distances, neighbours) for chosen in halves.chosen])
+        reach = np.stack([_radii_among(chosen[finite], order, distances, neighbours) for chosen in halves])
         widest = reach.max(axis=0)
         for _, squared in distance_blocks(reference, there):
             row, sample = np.nonzero(squared <= widest)  # the few pairs that lie in a ball of any half
             near = squared[row, sample]
             for i in range(len(reach)):
                 covered[i] += len(np.unique(row[near <= reach[i, sample]]))
-    return halves.resampled(covered, len(reference))
+    return _of_all_and_halves(covered / len(reference))
 
 
 def _radii_among(

@@ -77,7 +77,7 @@ def drawing_of(pipe: Pipeline, run: Path, output: PipelineOutput, guidance_scale
     """What cards say of how the samples were drawn."""
     backbone = pipe.backbone
     weights = fingerprint("weights", backbone.state_dict()) if isinstance(backbone, torch.nn.Module) else ""
-    scale = pipe.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
+    scale = pipe.scale_or_default(guidance_scale, output.class_labels is not None or output.prompts is not None)
     plan = output.plan
     return Drawing(str(run), weights, pipe.process.name, plan.solver, plan.num_calls, scale, output.seeds[0])
 

@@ -95,9 +95,7 @@ def evaluate_pictures(
     measuring = measuring or Measuring()
     if num_images < 10:
         raise UserError(f"num_images={num_images} must be at least 10")
-    pipe = load(run, checkpoint=checkpoint)
-    if process is not None:
-        pipe = pipe.on_process(process)
+    pipe = load(run, checkpoint=checkpoint).on_process(process)
     pipe.plan(**sampling)  # a mistake in the settings shows before a judge is trained
     rows = data_rows(pipe)
     judge = _class_judge(pipe, rows, progress)

@@ -92,9 +92,8 @@ def evaluate_prompted_run(
     The judge is trained on the run's own data, once, and cached. Arguments as evaluate_run's. Raises UserError where
     num_images is no multiple of the number of candidates, or the data has too few pictures with captions.
     """
-    pipe = load(run, checkpoint=checkpoint)
-    if process is not None:
-        pipe = pipe.on_process(process)
+    pipe = load(run, checkpoint=checkpoint).on_process(process)
+    pipe.plan(**sampling)  # a mistake in the settings shows before a judge is trained
     measuring = measuring or Measuring()
     channels, height, width = pipe.picture_shape
     opened = open_run_rows(pipe.config, channels, (height, width))
@@ -137,7 +136,7 @@ def evaluate_prompted_run(
         num_images=num_images,
         network_calls=output.plan.num_calls,
         solver=output.plan.solver,
-        guidance_scale=pipe.config.sampling.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance_scale=pipe.scale_or_default(guidance_scale, conditional=True),
         cards=cards,
         notes=measured.notes,
     )

@@ -8,7 +8,6 @@ masked token is done here, where they mask one again that was given.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -27,7 +26,7 @@ from smalti.diffusion.masking import Masking
 from smalti.errors import UserError
 from smalti.interop.load import load_backbone
 from smalti.models.amused import Amused
-from smalti.sampling.masked import MaskedPlan, MaskedTrajectories, masked_plan
+from smalti.sampling.masked import MaskedPlan, MaskedTrajectories, cosine_shares, masked_plan
 from smalti.types import MASKED, Condition, concat_conditions
 
 _MASKINGS = {"cosine": "masked_cosine", "linear": "masked_linear"}  # AmusedScheduler's masking_schedule
@@ -45,9 +44,9 @@ class AmusedPlan(MaskedPlan):
     @cached_property
     def masked_shares(self) -> Tensor:
         """Share of all tokens that is hidden after each call, float32 [calls]."""
-        spent = (1 - torch.from_numpy(self.next_times)).float()
+        next_times = torch.from_numpy(self.next_times)
         linear = self.process.name == _MASKINGS["linear"]
-        shares = 1 - spent if linear else torch.cos(spent * math.pi / 2).clamp(min=0)
+        shares = 1 - (1 - next_times).float() if linear else cosine_shares(next_times)
         return torch.tensor(self.hidden_share, dtype=torch.float32) * shares
 
 

@@ -56,10 +56,19 @@ class MaskedPlan:
     def masked_shares(self) -> Tensor:
         """Share of all tokens that is hidden after each call, float32 [calls]."""
         next_times = torch.from_numpy(self.next_times)
-        if self.process.name == "masked_cosine":
-            # As aMUSEd's scheduler has it: cos(pi / 3) then is below 1/2, and rounds down to one token less.
-            return torch.cos((1 - next_times).float() * math.pi / 2).clamp(min=0)
-        return self.process.sigma(next_times).float()
+        return (
+            cosine_shares(next_times)
+            if self.process.name == "masked_cosine"
+            else self.process.sigma(next_times).float()
+        )
+
+
+def cosine_shares(times: Tensor) -> Tensor:
+    """Share that masked_cosine hides at times float64 [...], in float32 and rounded as aMUSEd's scheduler does it.
+
+    cos(pi / 3) then is below 1/2, and of an even number of tokens one less is hidden.
+    """
+    return torch.cos((1 - times).float() * math.pi / 2).clamp(min=0)
 
 
 def masked_plan(
