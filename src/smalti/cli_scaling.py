@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -66,7 +67,8 @@ def _plan(command: ScalingPlan) -> int:
     times = None
     if budget.unit == "seconds":
         print(f"measuring the speed of training steps, {executor.slots} at a time", file=sys.stderr)
-        times = measure_steps(spec, executor, command.device)
+        with tempfile.TemporaryDirectory() as folder:
+            times = measure_steps(spec, executor, command.device, Path(folder))
     smallest = smallest_budget(spec, spec.sizes(), budget, times, executor.slots)
     planned = expected_layout(spec, spec.sizes(), smallest)
     table = Table("budget", "width", "parameters", "steps", "pictures", "time", title=f"{spec.name}: expected runs")

@@ -38,9 +38,12 @@ class Running(Protocol):
 
 
 class Executor(Protocol):
-    """Starts tasks. slots: how many run at the same time."""
+    """Starts tasks."""
 
-    slots: int
+    @property
+    def slots(self) -> int:
+        """How many run at the same time."""
+        ...
 
     def start(self, task: Task) -> Running:
         """Begin a task."""

@@ -85,15 +85,18 @@ def _judged(spec: ScalingSpec) -> bool:
     return bool(spec.samples) and isinstance(spec.config().data, DigitsData)
 
 
-def measure_steps(spec: ScalingSpec, executor: Executor, device: str, folder: Path | None = None) -> StepTimes:
-    """Time steps of the smallest, a middle and the largest size, in as many processes at a time as runs will be."""
+def measure_steps(spec: ScalingSpec, executor: Executor, device: str, folder: Path) -> StepTimes:
+    """Time steps of the smallest, a middle and the largest size, in as many processes at a time as runs will be.
+
+    folder: for what they write, which is removed again.
+    """
     sizes = spec.sizes()
     chosen = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
     seconds, besides = [], []
     for size in chosen:
         config = cell_config(spec.config(), Cell(0, 1.0, size), spec.base_width)
         tasks = [
-            Task("speed", f"speed-{slot}", folder / "runs" / f"speed-{slot}", config, device=device)
+            Task("speed", f"speed-{slot}", folder / f"speed-{slot}", config, device=device)
             for slot in range(executor.slots)
         ]
         results = _all_results([executor.start(task) for task in tasks])
@@ -144,7 +147,7 @@ def open_study(
         times = None
         if budget.unit == "seconds":
             say(f"measuring the speed of training steps, {executor.slots} at a time")
-            times = _measure(spec, folder, executor, device)
+            times = measure_steps(spec, executor, device, folder / "runs")
         smallest = smallest_budget(spec, sizes, budget, times, executor.slots)
         write_json(folder / SPEC, to_json(spec))
         plan = {"smallest": smallest, "budgets": spec.budgets(smallest), "budget": asdict(budget)}
