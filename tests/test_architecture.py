@@ -29,6 +29,7 @@ FLOORS = [
     ["evaluation"],
     ["recipes"],
     ["comparison"],
+    ["scaling"],
     ["serving"],
     ["describe"],
     [
