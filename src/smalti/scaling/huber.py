@@ -1,4 +1,4 @@
-"""Least Huber loss of the law's logarithms: one fit from many starts, and the refits of many replicates at once.
+"""Least Huber loss of logarithms: the law's fit from many starts, and the refits of many replicates at once.
 
 The five constants are theta = (ln of each term of L(N, D) at the runs' mean ln N and ln D, alpha, beta), the losses in
 units of their geometric mean: so the units of N, D and L change nothing, and the constants hardly hang together.
@@ -6,6 +6,7 @@ x and y are ln N and ln D less their means [runs], z is ln L less its mean [...,
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -24,17 +25,20 @@ _POLISHED = 3  # of the starts, by SciPy
 _CONVERGED = 1e-9
 
 
-def log_residuals(theta: Theta, x: Values, y: Values, z: Values) -> tuple[Values, Values]:
-    """Residuals of ln L [..., runs] and their derivatives by theta [..., runs, 5]."""
-    e, a, b, alpha, beta = (theta[..., i, None] for i in range(PARAMETERS))
-    terms = np.stack([e + 0 * x, a - alpha * x, b - beta * y], axis=-1)
+def log_sum(terms: Values) -> tuple[Values, Values]:
+    """ln of the sum of exp(terms [..., terms]), and each term's share of the sum, its derivative."""
     largest = terms.max(axis=-1, keepdims=True)
     exps = np.exp(terms - largest)
     total = exps.sum(axis=-1, keepdims=True)
-    shares = exps / total
-    residuals = (largest + np.log(total))[..., 0] - z
+    return (largest + np.log(total))[..., 0], exps / total
+
+
+def log_residuals(theta: Theta, x: Values, y: Values, z: Values) -> tuple[Values, Values]:
+    """Residuals of ln L [..., runs] and their derivatives by theta [..., runs, 5]."""
+    e, a, b, alpha, beta = (theta[..., i, None] for i in range(PARAMETERS))
+    log_loss, shares = log_sum(np.stack([e + 0 * x, a - alpha * x, b - beta * y], axis=-1))
     by_exponents = np.stack([-shares[..., 1] * x, -shares[..., 2] * y], axis=-1)
-    return residuals, np.concatenate([shares, by_exponents], axis=-1)
+    return log_loss - z, np.concatenate([shares, by_exponents], axis=-1)
 
 
 def _starts() -> Theta:
@@ -80,10 +84,10 @@ def least_huber(x: Values, y: Values, z: Values) -> tuple[float, Theta, float]:
     """
     starts = _starts()
     every = np.broadcast_to(z, (len(starts), len(z)))
-    costs, screened = refits(starts, x, y, every, _FIRST_THRESHOLD)
+    costs, screened = law_refits(starts, x, y, every, _FIRST_THRESHOLD)
     scale = robust_scale(log_residuals(screened[np.argmin(costs)], x, y, z)[0])
     threshold = max(_FIRST_THRESHOLD, _EFFICIENT * scale)
-    costs, screened = refits(starts, x, y, every, threshold)
+    costs, screened = law_refits(starts, x, y, every, threshold)
     nearest = screened[np.argsort(costs, kind="stable")[:_POLISHED]]
     cost, theta = min((_descend(start, x, y, z, threshold) for start in nearest), key=lambda found: found[0])
     return cost, theta, threshold
@@ -96,34 +100,46 @@ def _huber(residuals: Values, threshold: float) -> Values:
     return np.asarray(costs.sum(axis=-1))
 
 
-def refits(start: Theta, x: Values, y: Values, z: Values, threshold: float) -> tuple[Values, Theta]:
-    """(cost [replicates], theta [replicates, 5]) of the losses z [replicates, runs], all from a start [replicates, 5].
+def law_refits(start: Theta, x: Values, y: Values, z: Values, threshold: float) -> tuple[Values, Theta]:
+    """(cost [replicates], theta [replicates, 5]) of the losses z [replicates, runs], from starts [replicates, 5]."""
+    return refits(start, lambda theta: log_residuals(theta, x, y, z), threshold, _LOWEST, _HIGHEST)
 
-    Levenberg and Marquardt's steps with Huber's weights, for all replicates at once: the same minima as SciPy's, which
-    takes thirty times as long one by one.
+
+def refits(
+    start: Theta,
+    residuals_of: Callable[[Theta], tuple[Values, Values]],
+    threshold: float,
+    lowest: Theta,
+    highest: Theta,
+) -> tuple[Values, Theta]:
+    """(cost [replicates], theta [replicates, constants]) of the nearest minimum to each replicate's start.
+
+    residuals_of gives residuals [replicates, values] and their derivatives [replicates, values, constants]; constants
+    stay within lowest and highest [constants]. Levenberg and Marquardt's steps with Huber's weights, for all replicates
+    at once: the same minima as SciPy's, which takes about fifty times as long one by one.
     """
-    theta = np.clip(start, _LOWEST, _HIGHEST)
-    residuals, jacobian = log_residuals(theta, x, y, z)
+    theta = np.clip(start, lowest, highest)
+    residuals, jacobian = residuals_of(theta)
     cost, damping = _huber(residuals, threshold), np.full(len(theta), 1e-3)
     for _ in range(_REFIT_STEPS):
         weights = np.minimum(1, threshold / np.maximum(np.abs(residuals), 1e-300))
         weighted = jacobian * weights[..., None]
         gradient = np.einsum("rnp,rn->rp", weighted, residuals)
-        held = ((theta <= _LOWEST) & (gradient > 0)) | ((theta >= _HIGHEST) & (gradient < 0))
-        normal = np.einsum("rnp,rnq->rpq", weighted, jacobian)
-        normal *= ~(held[:, :, None] | held[:, None, :])
+        held = ((theta <= lowest) & (gradient > 0)) | ((theta >= highest) & (gradient < 0))
+        normal = np.einsum("rnp,rnq->rpq", weighted, jacobian) * ~(held[:, :, None] | held[:, None, :])
         ridge = damping[:, None] * np.einsum("rpp->rp", normal) + 1e-12 + held
-        steps = -np.linalg.solve(normal + ridge[:, :, None] * np.eye(PARAMETERS), (gradient * ~held)[..., None])[..., 0]
-        tried = np.clip(theta + steps, _LOWEST, _HIGHEST)
-        tried_residuals, tried_jacobian = log_residuals(tried, x, y, z)
+        systems = normal + ridge[:, :, None] * np.eye(theta.shape[1])
+        steps = np.linalg.solve(systems, (gradient * ~held)[..., None])[..., 0]
+        tried = np.clip(theta - steps, lowest, highest)
+        tried_residuals, tried_jacobian = residuals_of(tried)
         tried_cost = _huber(tried_residuals, threshold)
         better = tried_cost <= cost
-        moved = np.abs(tried - theta).max(axis=-1)
+        moved = np.abs(tried - theta).max()
         theta = np.where(better[:, None], tried, theta)
         residuals = np.where(better[:, None], tried_residuals, residuals)
         jacobian = np.where(better[:, None, None], tried_jacobian, jacobian)
         cost = np.where(better, tried_cost, cost)
         damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-12, 1e12)
-        if (moved < _CONVERGED).all():
+        if moved < _CONVERGED:
             break
     return cost, theta

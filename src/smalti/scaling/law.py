@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from smalti.errors import UserError
-from smalti.scaling.huber import PARAMETERS, Theta, least_huber, log_residuals, refits
-from smalti.scaling.intervals import Interval, Values, check_level, percentile_interval
+from smalti.scaling.huber import PARAMETERS, Theta, law_refits, least_huber, log_residuals
+from smalti.scaling.intervals import Interval, Values, bootstrap_noise, check_level, log_prediction, percentile_interval
 
 _SAME_BUDGET = 1.05  # budgets closer than this ratio are one
-_WIDTHS, _RESIDUALS = 1, 2  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -149,20 +148,6 @@ class FittedLaw:
         return log_prediction(float(self.law.loss(n, d)), means, self.replicate_scales, level)
 
 
-def log_prediction(value: float, log_means: Values, scales: Values, level: float) -> Interval:
-    """The interval of a new value whose logarithm is normal about each replicate's mean [replicates], scales alike."""
-    from scipy.optimize import brentq
-    from scipy.stats import norm
-
-    check_level(level)
-    lowest, highest = (log_means - 40 * scales).min() - 1e-9, (log_means + 40 * scales).max() + 1e-9
-    ends = [
-        float(np.exp(brentq(lambda log, p=p: norm.cdf(log, log_means, scales).mean() - p, lowest, highest)))
-        for p in ((1 - level) / 2, (1 + level) / 2)
-    ]
-    return Interval(value, *ends)
-
-
 def fit_law(runs: Runs) -> Law:
     """The law of least Huber loss on ln L, from many starts. Source: Hoffmann et al. 2022, eq. 3."""
     x, y, z = _centred(runs)
@@ -185,7 +170,7 @@ def fit(runs: Runs, *, replicates: int = 300, seed: int = 0) -> FittedLaw:
     cost, theta, threshold = least_huber(x, y, z)
     residuals, jacobian = log_residuals(theta, x, y, z)
     noise, scales = bootstrap_noise(-residuals, jacobian, replicates, seed)
-    _, thetas = refits(np.broadcast_to(theta, (replicates, PARAMETERS)), x, y, residuals + z + noise, threshold)
+    _, thetas = law_refits(np.broadcast_to(theta, (replicates, PARAMETERS)), x, y, residuals + z + noise, threshold)
     law = _law(theta, runs)
     return FittedLaw(
         runs=runs,
@@ -196,22 +181,6 @@ def fit(runs: Runs, *, replicates: int = 300, seed: int = 0) -> FittedLaw:
         replicate_scales=scales,
         huber_cost=cost,
     )
-
-
-def bootstrap_noise(residuals: Values, jacobian: Values, replicates: int, seed: int) -> tuple[Values, Values]:
-    """(noise [replicates, values], its standard deviation [replicates]) of a fit's residuals and derivatives.
-
-    A replicate's numbers depend on (seed, replicate) alone, not on how many replicates there are.
-    """
-    count, parameters = jacobian.shape
-    basis, sizes, _ = np.linalg.svd(jacobian, full_matrices=False)
-    leverages = (basis[:, sizes > 1e-9 * sizes.max()] ** 2).sum(axis=1)
-    corrected = residuals / np.sqrt(np.maximum(1 - leverages, 0.02))
-    corrected = corrected - corrected.mean()
-    freedom = max(1, count - parameters)
-    widths = np.sqrt(freedom / np.random.default_rng([seed, _WIDTHS]).chisquare(freedom, replicates))
-    drawn = np.random.default_rng([seed, _RESIDUALS]).choice(corrected, (replicates, count))
-    return widths[:, None] * drawn, widths * corrected.std()
 
 
 def _centred(runs: Runs) -> tuple[Values, Values, Values]:

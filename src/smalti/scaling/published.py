@@ -3,18 +3,7 @@
 from dataclasses import dataclass
 
 from smalti.scaling.law import Cost, Law
-
-
-@dataclass(frozen=True)
-class PublishedPower:
-    """y = factor * C^power, C in FLOPs."""
-
-    factor: float
-    power: float
-
-    def at(self, flops: float) -> float:
-        """y at a budget in FLOPs."""
-        return float(self.factor * flops**self.power)
+from smalti.scaling.power import Power
 
 
 @dataclass(frozen=True)
@@ -22,10 +11,10 @@ class PublishedFrontier:
     """What a paper found along the frontier: best n, best d, loss and FID of a budget, and where it measured them."""
 
     source: str
-    n: PublishedPower
-    d: PublishedPower
-    loss: PublishedPower
-    fid: PublishedPower
+    n: Power
+    d: Power
+    loss: Power
+    fid: Power
     lowest_flops: float
     highest_flops: float
 
@@ -34,10 +23,10 @@ class PublishedFrontier:
 # tokens, so that only its exponent compares with pictures.
 DIFFUSION_TRANSFORMERS = PublishedFrontier(
     source="arXiv 2410.08184",
-    n=PublishedPower(0.0009, 0.568),
-    d=PublishedPower(186.9, 0.432),
-    loss=PublishedPower(2.394, -0.0273),
-    fid=PublishedPower(2.26e6, -0.234),
+    n=Power(0.0009, 0.568),
+    d=Power(186.9, 0.432),
+    loss=Power(2.394, -0.0273),
+    fid=Power(2.26e6, -0.234),
     lowest_flops=1e17,
     highest_flops=6e18,
 )
