@@ -111,7 +111,7 @@ def repeated(request):
     ]
 
 
-@pytest.mark.parametrize(("of"), [lambda law: law.alpha, lambda law: law.beta, lambda law: law.n_exponent(TOKEN_COST)])
+@pytest.mark.parametrize("of", [lambda law: law.alpha, lambda law: law.beta, lambda law: law.n_exponent(TOKEN_COST)])
 def test_intervals_hold_the_truth_as_often_as_they_say(repeated, of):
     # 34 of 40: less than that has a probability of 0.5 % at 95 %.
     assert sum(of(HOFFMANN) in fitted.interval(of) for fitted in repeated) >= 34
@@ -150,9 +150,10 @@ def test_the_prediction_of_a_budget():
     near, far = predict(fitted, 1e18), predict(fitted, 2e19)
     assert near.warning is None
     assert near.extrapolation == pytest.approx(10)
-    assert far.warning is not None and "200 times" in far.warning
+    assert "200 times" in str(far.warning)
     true_n, true_d = HOFFMANN.best(1e18, TOKEN_COST)
-    assert true_n in near.n and true_d in near.d
+    assert true_n in near.n
+    assert true_d in near.d
     assert near.loss.value == pytest.approx(float(fitted.law.loss(near.n.value, near.d.value)))
     assert near.run_loss.low < near.loss.low < near.loss.high < near.run_loss.high
     assert predict(fitted, 1e18, level=0.5).n.low > near.n.low
@@ -191,7 +192,7 @@ def test_runs_that_no_law_can_be_fitted_to():
         Runs(*(np.array([]) for _ in range(4)))
     with pytest.raises(UserError, match="one value each run"):
         Runs(runs.n[1:], runs.d, runs.loss, runs.flops)
-    with pytest.raises(UserError, match="all 25 runs cost about 1e"):
+    with pytest.raises(UserError, match=r"all 25 runs cost about 1\.02e\+14 FLOPs"):
         Runs(runs.n, runs.d, runs.loss, np.linspace(1e14, 1.04e14, 25))
     with pytest.raises(UserError, match=r"2 sizes \(n\)"):
         Runs(np.resize([1e5, 2e5], 25), runs.d, runs.loss, runs.flops)

@@ -123,14 +123,15 @@ def _refitted(start: Theta, x: Values, z: Values, constants: int) -> Theta:
     lowest, highest = _LOWEST.copy(), _HIGHEST.copy()
     if constants == 2:
         highest[0] = _ABSENT
-    _, theta = refits(start, lambda theta: _residuals(theta, x, z), _NO_THRESHOLD, lowest, highest)
+    each = np.broadcast_to(z, (len(start), z.shape[-1]))
+    _, theta = refits(start, lambda theta, rows: _residuals(theta, x, each[rows]), _NO_THRESHOLD, lowest, highest)
     return theta
 
 
 def _best(x: Values, z: Values, constants: int) -> Theta:
     """theta [3] of the lowest cost, from asymptotes of several shares of y and several powers."""
     starts = np.array([[np.log(e), np.log(1 - e), p] for e in (1e-6, 0.3, 0.7, 0.95) for p in (-0.1, 0.05, 0.3, 1.0)])
-    found = _refitted(starts, x, z, constants)
+    found = _refitted(starts if constants == 3 else starts[:1], x, z, constants)  # without asymptote all lead to one
     costs = (_residuals(found, x, z)[0] ** 2).sum(axis=1)
     return np.asarray(found[np.argmin(costs)])
 
