@@ -29,6 +29,7 @@ FLOORS = [
     ["evaluation"],
     ["recipes"],
     ["comparison"],
+    ["scaling"],
     ["serving"],
     ["describe"],
     [
@@ -40,6 +41,7 @@ FLOORS = [
         "cli_evaluate_arguments",
         "cli_latents_arguments",
         "cli_mup_arguments",
+        "cli_plan_arguments",
         "cli_serve_arguments",
     ],
     ["cli_arguments"],
@@ -52,6 +54,7 @@ FLOORS = [
         "cli_ema",
         "cli_chaos",
         "cli_mup",
+        "cli_plan",
         "cli_serve",
         "cli_top",
         "cli_compare",

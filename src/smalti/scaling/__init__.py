@@ -1,0 +1,1 @@
+"""The scaling lab: what a run will cost, and how loss follows compute."""
