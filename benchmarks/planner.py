@@ -2,20 +2,22 @@
 
     python benchmarks/planner.py [--steps 300] [--threads 2]
 
-Time: `smalti plan --recipe mnist` times 30 steps; then the recipe is trained for --steps by the training loop, opening,
-validation, grid and checkpoint included. Memory: a fresh process makes the training state and takes three steps of
+Time: `smalti plan --recipe mnist`'s, which times 30 steps, then the wall time of `smalti train mnist --steps N`, from the start of
+the process to its end. Memory: a fresh process makes the training state and takes two steps of
 random latents with the loop's own functions, the last one logged; its resident set's highest minus what it was before
 the state was made. Beside it stands the plan, by part, at the plan's peak. Writes benchmarks/results/planner.json.
 """
 
 import json
 import multiprocessing
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -25,23 +27,22 @@ from smalti.comparison.memory import peak_memory
 from smalti.config import Budget, RunConfig
 from smalti.diffusion.processes import make_process
 from smalti.recipes import recipe
-from smalti.run_folder import write_json
+from smalti.run_folder import RunFolder, read_record, write_json
 from smalti.scaling.accelerators import parse_devices
 from smalti.scaling.measured_training import measure_training
 from smalti.scaling.planned_config import planned_config
 from smalti.scaling.planner import Amount, plan_run
 from smalti.scaling.step_memory import STEP_MOMENTS
 from smalti.training.batch import Batch
-from smalti.training.loop import train
 from smalti.training.memory import keep_freed_memory
 from smalti.training.state import new_state
 from smalti.training.step import clip_gradients, compute_gradients, squared_sizes, update_weights, weights_copy
 from smalti.types import Condition
 
-_STEPS = 3  # of each memory measurement
+_STEPS = 2  # of each memory measurement: the first makes the optimiser's state
 
 
-def digits_time(steps: int) -> dict[str, Any]:
+def digits_time(steps: int, threads: int) -> dict[str, Any]:
     """The digits recipe's planned and measured seconds."""
     config = replace(recipe("mnist"), budget=Budget("steps", float(steps)))
     devices, amount = parse_devices("cpu"), Amount(steps=steps)
@@ -51,9 +52,12 @@ def digits_time(steps: int) -> dict[str, Any]:
         measuring = time.perf_counter() - began
         planned = plan_run(config, devices, amount, measured=measured)
         estimated = plan_run(config, devices, amount)
+        run = Path(folder) / "run"
+        command = [sys.executable, "-m", "smalti", "train", "mnist", "--steps", str(steps), "--out", str(run)]
         began = time.perf_counter()
-        train(config, Path(folder) / "run")
+        subprocess.run([*command, "--threads", str(threads)], check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - began
+        training = read_record(RunFolder(run))["seconds"]
     return {
         "recipe": "mnist",
         "steps": steps,
@@ -61,6 +65,7 @@ def digits_time(steps: int) -> dict[str, Any]:
         "planned_seconds": round(planned.seconds, 2),
         "measured_seconds": round(seconds, 2),
         "planned_over_measured": round(planned.seconds / seconds, 3),
+        "measured_seconds_since_first_step": training,
         "estimated_seconds_without_measuring": round(estimated.seconds, 2),
         "estimated_over_measured": round(estimated.seconds / seconds, 3),
         "parts": {name: round(value, 4) for name, value in asdict(measured).items()},
@@ -120,28 +125,38 @@ def step_memory_row(model: str, batch_size: int, precision: Any, optimizer: str,
     }
 
 
-def main(steps: int = 300, threads: int = 2, time_only: bool = False, memory_only: bool = False) -> None:
-    """Measure; the parts that are not measured stay as they are in the file."""
+_CASES = ("float32,16", "float32,32", "bfloat16,32")
+
+
+def main(
+    steps: int = 300,
+    threads: int = 2,
+    time_only: bool = False,
+    memory_only: bool = False,
+    cases: tuple[str, ...] = _CASES,
+    model: str = "dit-b-4",
+    optimizer: Literal["adamw", "muon"] = "adamw",
+) -> None:
+    """Measure, writing the file after each; a row that is not measured again stays. cases: PRECISION,BATCH."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     path = Path(__file__).parent / "results" / "planner.json"
     rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     rows |= machine(threads)
+
+    def keep(topic: str, row: dict[str, Any], key: tuple[str, ...]) -> None:
+        others = [old for old in rows.get(topic, []) if any(old[name] != row[name] for name in key)]
+        rows[topic] = [*others, row]
+        write_json(path, rows)
+        print(json.dumps(row, indent=1), flush=True)
+
     if not memory_only:
-        kept = [row for row in rows.get("time", []) if row["steps"] != steps]
-        rows["time"] = [*kept, digits_time(steps)]
+        keep("time", digits_time(steps, threads), ("steps",))
     if not time_only:
-        rows["memory"] = [
-            step_memory_row("dit-b-4", batch_size, precision, optimizer, threads)
-            for batch_size, precision, optimizer in (
-                (16, "float32", "adamw"),
-                (32, "float32", "adamw"),
-                (32, "bfloat16", "adamw"),
-                (16, "float32", "muon"),
-            )
-        ]
-    write_json(path, rows)
-    print(json.dumps(rows, indent=1))
+        for case in cases:
+            precision, batch_size = case.split(",")
+            row = step_memory_row(model, int(batch_size), precision, optimizer, threads)
+            keep("memory", row, ("model", "batch_size", "precision", "optimizer"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command `smalti plan`."""
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -34,7 +35,7 @@ def plan_command(command: Plan) -> int:
     from dataclasses import replace
 
     from smalti.config import Budget
-    from smalti.run_folder import write_json
+    from smalti.run_folder import finite_json
     from smalti.scaling.accelerators import parse_devices
     from smalti.scaling.amounts import parse_count
     from smalti.scaling.planner import plan_run
@@ -59,12 +60,10 @@ def plan_command(command: Plan) -> int:
         price_per_hour=command.price_per_hour,
         measured=measured,
     )
-    if command.json is not None:
-        try:
-            write_json(command.json, plan_json(plan, measured))
-        except OSError as error:
-            raise UserError(f"cannot write to --json {command.json}: {error.strerror}") from None
-    _print_plan(plan, measured)
+    if command.json:
+        print(json.dumps(finite_json(plan_json(plan, measured)), indent=1))
+    else:
+        _print_plan(plan, measured)
     return 0 if plan.fits else 1
 
 

@@ -1,7 +1,6 @@
 """The arguments of `smalti plan`; the docstring is what `smalti plan --help` prints."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
@@ -63,5 +62,5 @@ class Plan:
     """On this machine: how many steps are timed."""
     threads: int | None = None
     """CPU threads (default: all cores)."""
-    json: Path | None = None
-    """Also write the plan to this file."""
+    json: bool = False
+    """Print JSON in place of tables; bytes, seconds and operations."""

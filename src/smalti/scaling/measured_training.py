@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class MeasuredTraining:
         return self.opening + steps * self.step + sum(-(-steps // every) * seconds for every, seconds in events)
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818 (no error)
     """Ends a run whose steps have been timed."""
 
 
@@ -87,10 +88,8 @@ def measure_training(config: RunConfig, folder: Path, steps: int = 30, device: s
     step, opening = clock.step_seconds, clock.steps[_UNHURRIED - 1] - began - _UNHURRIED * clock.step_seconds
     if config.loop.compile and repays_compilation(config.budget):
         compiled, began = _Clock(until=steps), time.perf_counter()
-        try:
+        with suppress(_Enough):
             train(replace(config, loop=replace(quiet, compile=True)), folder, device=device, display=compiled)
-        except _Enough:
-            pass
         shutil.rmtree(folder)
         step = compiled.step_seconds
         opening = compiled.steps[_UNHURRIED - 1] - began - _UNHURRIED * step

@@ -2,8 +2,8 @@
 
 import re
 
-from smalti.conditioning.encoders import LLMText, SD3Text, T5Text
-from smalti.config import LoopConfig, RunConfig, TextConfig
+from smalti.conditioning.encoders import LLMText, SD3Text, T5Text, TextConfig
+from smalti.config import LoopConfig, RunConfig
 from smalti.data.sources.folder import FolderData
 from smalti.errors import unknown_name
 from smalti.models.mmdit import MMDiTConfig

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +194,7 @@ class _Valueless(TorchFunctionMode):
             return 1.0
         if not self._pretend_gpu:
             return func(*args, **kwargs)
-        if func is torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func is torch.Tensor.device.__get__:
             return torch.device("cuda", 0)
         if kwargs.get("device") is not None:
             kwargs["device"] = "cpu"
@@ -205,7 +205,7 @@ class _Storages(TorchDispatchMode):
     """Every storage that is alive, by part, and the moments at which most was."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._bytes = {f.name: 0 for f in fields(MemoryByPart)}
         self._total = 0
@@ -251,7 +251,7 @@ class _Storages(TorchDispatchMode):
 
     def _see(self, tensor: Tensor, part: str) -> int:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = int(storage._cdata)
         if key not in self._alive:
             size = storage.nbytes()
             self._alive[key] = (weakref.ref(storage, lambda _: self._gone(key)), part, size)
@@ -263,10 +263,6 @@ class _Storages(TorchDispatchMode):
         _, part, size = self._alive.pop(key)
         self._bytes[part] -= size
         self._total -= size
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        return self
 
 
 @contextmanager
