@@ -2,10 +2,10 @@
 
     python benchmarks/planner.py [--steps 300] [--threads 2]
 
-Time: `smalti plan --recipe mnist`'s, which times 30 steps, then the wall time of `smalti train mnist --steps N`, from the start of
-the process to its end. Memory: a fresh process makes the training state and takes two steps of
-random latents with the loop's own functions, the last one logged; its resident set's highest minus what it was before
-the state was made. Beside it stands the plan, by part, at the plan's peak. Writes benchmarks/results/planner.json.
+Time: `smalti plan --recipe mnist`'s, which times 30 steps, then the wall time of `smalti train mnist --steps N`, from
+the start of the process to its end. Memory: a fresh process makes the training state and takes two steps of random
+latents with the loop's own functions, the last one logged; its resident set's highest minus what it was before the
+state was made. Beside it stands the plan, by part, at the plan's peak. Writes benchmarks/results/planner.json.
 """
 
 import json

@@ -14,7 +14,6 @@ from smalti.cli import main
 from smalti.config import Budget, LoopConfig, apply_overrides
 from smalti.diffusion.objective import per_sample_loss
 from smalti.diffusion.processes import make_process
-from smalti.errors import UserError
 from smalti.models.registry import forward_flops
 from smalti.optim.optimizers import AdamWConfig
 from smalti.recipes import recipe
@@ -42,7 +41,9 @@ def real_batch(config):
 def after_a_step(config):
     """A real state after one real step."""
     state, process = new_state(config, torch.device("cpu")), make_process(config.process)
-    compute_gradients(config, process, state, state.model, [real_batch(config)] * config.loop.gradient_accumulation_steps)
+    compute_gradients(
+        config, process, state, state.model, [real_batch(config)] * config.loop.gradient_accumulation_steps
+    )
     clip_gradients(config, state)
     update_weights(config, state, 0.5)
     return state
@@ -85,11 +86,13 @@ def test_activations_are_those_that_a_real_forward_keeps(precision):
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            per_sample_loss(
-                state.model, make_process(config.process), config.objective, batch.x0, batch.eps, batch.t, batch.cond
-            )
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        per_sample_loss(
+            state.model, make_process(config.process), config.objective, batch.x0, batch.eps, batch.t, batch.cond
+        )
     expected = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
     planned = step_memory(config, precision, cpu=True).whole.activations
     pictures = nbytes([batch.x0])  # target, output and input are alive too; the loss keeps its own difference
@@ -110,10 +113,11 @@ def test_activations_grow_with_the_batch_and_not_with_checkpointing():
 
 def test_planning_makes_nothing_real_and_leaves_no_trace():
     before = torch.get_default_device(), torch.is_autocast_enabled("cpu"), torch.initial_seed()
-    memory = step_memory(planned_config("dit-xl-2"), "bfloat16", cpu=False)
-    assert memory.parameters == pytest.approx(675e6, rel=0.01)  # DiT, table 1
+    memory = step_memory(replace(planned_config("dit-s-8"), loop=LoopConfig(batch_size=2)), "bfloat16", cpu=False)
+    assert memory.parameters == pytest.approx(33e6, rel=0.03)  # DiT, table 4
     assert before == (torch.get_default_device(), torch.is_autocast_enabled("cpu"), torch.initial_seed())
-    assert torch.ones(1).item() == 1.0 and torch.ones(1).device.type == "cpu"
+    assert torch.ones(1).item() == 1.0
+    assert torch.ones(1).device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["mnist", "mnist-masked", "emoji-32"])
@@ -174,22 +178,27 @@ def test_a_measured_run_counts_what_lies_between_its_steps():
 
 def test_measuring_trains_for_a_moment(tmp_path):
     measured = measure_training(SMALL, tmp_path / "run", steps=5)
-    assert measured.step > 0 and measured.opening >= 0 and measured.grid > 0
+    assert measured.step > 0
+    assert measured.opening >= 0
+    assert measured.grid > 0
     assert not (tmp_path / "run").exists()
     plan = plan_run(SMALL, parse_devices("cpu"), Amount(steps=50), measured=measured)
-    assert plan.seconds == measured.run_seconds(SMALL.loop, 50) and plan.utilisation is None and plan.cost is None
+    assert plan.seconds == measured.run_seconds(SMALL.loop, 50)
+    assert plan.utilisation is None
+    assert plan.cost is None
 
 
 def test_what_does_not_fit_says_what_would():
-    small = replace(ACCELERATORS["l4"], memory=20 * 2**30)
-    config = replace(planned_config("dit-l-4"), loop=LoopConfig(batch_size=1024, precision="bfloat16"))
+    small = replace(ACCELERATORS["l4"], memory=11 * 2**28)
+    config = apply_overrides(SMALL, ["model.width=64", "depth=3", "loop.batch_size=4096", "precision=bfloat16"])
     plan = plan_run(config, Devices(small, 2), Amount(steps=1))
     assert not plan.fits
     assert any(line.startswith("--activation-checkpointing") for line in plan.advice)
     changed = replace(config, loop=replace(config.loop, activation_checkpointing=True))
     assert plan_run(changed, Devices(small, 2), Amount(steps=1)).fits
-    nothing = plan_run(config, Devices(replace(small, memory=2**30)), Amount(steps=1)).advice
-    assert len(nothing) == 1 and nothing[0].startswith("not even one picture")
+    nothing = plan_run(config, Devices(replace(small, memory=2**29)), Amount(steps=1)).advice
+    assert len(nothing) == 1
+    assert nothing[0].startswith("not even one picture")
 
 
 @pytest.mark.parametrize(
@@ -215,14 +224,15 @@ def test_units():
 
 def test_devices_by_name():
     assert (parse_devices("h100x8").accelerator.name, parse_devices("h100x8").count) == ("h100", 8)
-    assert str(parse_devices("RTX4090")) == "rtx4090" and parse_devices("rtx4090x2").count == 2
+    assert str(parse_devices("RTX4090")) == "rtx4090"
+    assert parse_devices("rtx4090x2").count == 2
     assert product_precision_on(ACCELERATORS["t4"], LoopConfig(precision="auto")) == "float32"
     assert product_precision_on(ACCELERATORS["a10"], LoopConfig(precision="auto")) == "bfloat16"
 
 
 def test_models_by_their_papers_names():
     assert planned_config("DiT-XL/2") == planned_config("dit-xl-2")
-    assert {"dit-b-4", "uvit-l-2", "sd3-medium", "pixart-xl-2", "sana-0.6b"} <= set(trainable_models())
+    assert {"dit-b-4", "sd3-medium", "pixart-xl-2", "sana-0.6b"} <= set(trainable_models())
 
 
 def called(capsys, *arguments):
@@ -233,9 +243,16 @@ def called(capsys, *arguments):
 
 
 def test_the_command(capsys):
-    code, out, _ = called(capsys, "--model", "dit-s-4", "--data", "1.3M", "--gpu", "h100x8")
+    code, out, _ = called(capsys, "--model", "dit-s-8", "--data", "1.3M", "--gpu", "h100x8")
     assert code == 0
-    for words in ("h100 x 8, bfloat16, ddp", "400,000 steps", "78.8 passes over 1.3M", "dollars", "activations", "fits:"):
+    for words in (
+        "h100 x 8, bfloat16, ddp",
+        "400,000 steps",
+        "78.8 passes over 1.3M",
+        "dollars",
+        "activations",
+        "fits:",
+    ):
         assert words in out
 
 
@@ -243,8 +260,13 @@ def test_the_command_as_json(capsys):
     arguments = ("--recipe", "mnist", "--no-measure", "--steps", "100", "--set", *TINY)
     code, out, _ = called(capsys, *arguments, "--json")
     body = json.loads(out)
-    assert code == 0 and body["steps"] == 100 and body["devices"]["name"] == "cpu" and body["memory"]["fits"]
-    assert body["measured"] is None and body["seconds"]["run"] > 0 and body["cost"] is None
+    assert code == 0
+    assert body["steps"] == 100
+    assert body["devices"]["name"] == "cpu"
+    assert body["memory"]["fits"]
+    assert body["measured"] is None
+    assert body["seconds"]["run"] > 0
+    assert body["cost"] is None
     peak = body["memory"]["peaks"][body["memory"]["peak_moment"]]
     assert peak.pop("total") == sum(peak.values())
 
@@ -255,8 +277,12 @@ def test_the_command_on_a_run_and_its_options(capsys, trained_run):
         "--optimizer", "adamw", "--activation-checkpointing", "--price-per-hour", "0.5", "--mfu", "0.2", "--json",
     )  # fmt: skip
     body = json.loads(out)
-    assert code == 0 and body["steps"] == 31_250 and body["utilisation"] == 0.2 and body["price_per_hour"] == 0.5
-    assert body["config"]["ema"]["kind"] == "post_hoc" and body["config"]["optimizer"]["kind"] == "adamw"
+    assert code == 0
+    assert body["steps"] == 31_250
+    assert body["utilisation"] == 0.2
+    assert body["price_per_hour"] == 0.5
+    assert body["config"]["ema"]["kind"] == "post_hoc"
+    assert body["config"]["optimizer"]["kind"] == "adamw"
     assert body["flops"]["executed_step"] == pytest.approx(4 / 3 * body["flops"]["step"])
 
 
@@ -266,25 +292,27 @@ def test_the_command_on_a_run_and_its_options(capsys, trained_run):
         (("--model", "dit-xl-2", "--gpu", "h10x8"), "'h100'"),
         (("--model", "dit-xl-2", "--gpu", "h100x0"), "at least once"),
         (("--model", "dit-xl-3", "--gpu", "l4"), "'dit-xl-2'"),
-        (("--model", "dit-s-2", "--data", "0", "--gpu", "l4"), "--data 0 must be above 0"),
-        (("--model", "dit-s-2", "--images", "many", "--gpu", "l4"), "--images 'many' must be a number"),
-        (("--model", "dit-s-2", "--epochs", "3", "--gpu", "l4"), "--data 1.3M"),
-        (("--model", "dit-s-2", "--epochs", "-1", "--gpu", "l4"), "--epochs -1 must be above 0"),
-        (("--model", "dit-s-2", "--epochs", "3", "--steps", "5", "--gpu", "l4"), "give one of --steps, --epochs"),
-        (("--model", "dit-s-2", "--batch-size", "10", "--gpu", "l4x4"), "8 or 12"),
-        (("--model", "dit-s-2", "--gpu", "l4", "--mfu", "35"), "--mfu 35 must lie in (0, 1]"),
-        (("--model", "dit-s-2", "--gpu", "l4", "--price-per-hour", "-1"), "--price-per-hour -1"),
-        (("--model", "dit-s-2", "--gpu", "t4", "--precision", "bfloat16"), "has float32, float16"),
-        (("--model", "dit-s-2", "--gpu", "l4", "--ema", "0"), "--ema 0"),
+        (("--model", "dit-s-8", "--data", "0", "--gpu", "l4"), "--data 0 must be above 0"),
+        (("--model", "dit-s-8", "--images", "many", "--gpu", "l4"), "--images 'many' must be a number"),
+        (("--model", "dit-s-8", "--epochs", "3", "--gpu", "l4"), "--data 1.3M"),
+        (("--model", "dit-s-8", "--epochs", "-1", "--gpu", "l4"), "--epochs -1 must be above 0"),
+        (("--model", "dit-s-8", "--epochs", "3", "--steps", "5", "--gpu", "l4"), "give one of --steps, --epochs"),
+        (("--model", "dit-s-8", "--batch-size", "10", "--gpu", "l4x4"), "8 or 12"),
+        (("--model", "dit-s-8", "--gpu", "l4", "--mfu", "35"), "--mfu 35 must lie in (0, 1]"),
+        (("--model", "dit-s-8", "--gpu", "l4", "--price-per-hour", "-1"), "--price-per-hour -1"),
+        (("--model", "dit-s-8", "--gpu", "t4", "--precision", "bfloat16"), "has float32, float16"),
+        (("--model", "dit-s-8", "--gpu", "l4", "--ema", "0"), "--ema 0"),
         (("--gpu", "l4"), "one of them"),
-        (("--model", "dit-s-2", "--recipe", "mnist"), "one of them"),
+        (("--model", "dit-s-8", "--recipe", "mnist"), "one of them"),
         (("--recipe", "mnst", "--gpu", "l4"), "'mnist'"),
         (("--recipe", "mnist", "--measure-steps", "2"), "--measure-steps 2"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(capsys, arguments, words):
     code, _, err = called(capsys, *arguments)
-    assert code == 2 and words in err and err.count("\n") == 1
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
 
 
 def test_budget_of_the_recipe_is_the_default(capsys):

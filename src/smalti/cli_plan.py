@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from smalti.config import RunConfig
-    from smalti.scaling.accelerators import Devices
     from smalti.scaling.measured_training import MeasuredTraining
     from smalti.scaling.planner import Amount, RunPlan
 
@@ -206,7 +205,8 @@ def _print_plan(plan: "RunPlan", measured: "MeasuredTraining | None") -> None:
     copy = bytes_text(plan.checkpoint_copy)
     beside = f"with the copy that a checkpoint takes ({copy})" if plan.devices.is_cpu else "a device"
     if plan.fits:
-        print(f"fits: {bytes_text(plan.needed)} {beside}, {has}")
+        tight = "; barely: allocators hold some more than tensors" if plan.needed > 0.8 * device.memory else ""
+        print(f"fits: {bytes_text(plan.needed)} {beside}, {has}{tight}")
     else:
         print(f"does not fit: {bytes_text(plan.needed)} {beside}, {has}; what would:")
         for change in plan.advice:

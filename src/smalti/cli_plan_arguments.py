@@ -20,7 +20,7 @@ class Plan:
     """
 
     model: str | None = None
-    """A network by its paper's name: dit-xl-2, uvit-l-2, sd3-medium."""
+    """A network by its paper's name: dit-xl-2, pixart-xl-2, sd3-medium."""
     recipe: str | None = None
     """A recipe's name, or a run directory, in place of --model."""
     gpu: str = "cpu"

@@ -35,7 +35,7 @@ class MeasuredTraining:
         return self.opening + steps * self.step + sum(-(-steps // every) * seconds for every, seconds in events)
 
 
-class _Enough(Exception):  # noqa: N818 (no error)
+class _Enough(Exception):
     """Ends a run whose steps have been timed."""
 
 

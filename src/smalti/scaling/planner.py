@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from smalti.config import RunConfig
 from smalti.errors import UserError
@@ -223,7 +224,7 @@ def _what_would_fit(plan: RunPlan, step: StepMemory) -> list[str]:
         if bytes_needed <= room:
             advice.append(f"{change}: {bytes_text(bytes_needed)}, fits")
     for change, changed, sharding in [("", config, plan.sharding), *tried[-1:]]:
-        largest = _largest_batch(changed, devices.count, lambda c, s=sharding: needed(c, s) <= room)  # type: ignore[misc]
+        largest = _largest_batch(changed, devices.count, room, partial(needed, sharding=sharding))
         if largest is not None and largest < config.loop.batch_size:
             parts = config.loop.batch_size // largest
             same = (
@@ -241,12 +242,14 @@ def _what_would_fit(plan: RunPlan, step: StepMemory) -> list[str]:
     return advice
 
 
-def _largest_batch(config: RunConfig, devices: int, fits: Callable[[RunConfig], bool]) -> int | None:
-    """The largest halved batch that fits; None where not even one picture a device and micro-batch does."""
-    least = devices * config.loop.gradient_accumulation_steps
-    size = config.loop.batch_size
-    while size % 2 == 0 and size // 2 >= least and (size // 2) % least == 0:
-        size //= 2
-        if fits(replace(config, loop=replace(config.loop, batch_size=size))):
-            return size
-    return None
+def _largest_batch(config: RunConfig, devices: int, room: int, needed: Callable[[RunConfig], int]) -> int | None:
+    """The largest halved batch that fits; None where not even the smallest does. needed(config): bytes."""
+    parts = devices * config.loop.gradient_accumulation_steps
+    sizes = [config.loop.batch_size]
+    while sizes[-1] % 2 == 0 and (sizes[-1] // 2) % parts == 0:
+        sizes.append(sizes[-1] // 2)
+
+    def fits(size: int) -> bool:
+        return needed(replace(config, loop=replace(config.loop, batch_size=size))) <= room
+
+    return next(filter(fits, sizes), None) if fits(sizes[-1]) else None
