@@ -145,7 +145,7 @@ def test_micro_batches_and_ranks_change_no_weight(tmp_path):
 @pytest.mark.parametrize("rows", [1, 3, 7])
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_held_out_rows_that_do_not_divide_over_ranks_have_the_loss_of_one(tmp_path, monkeypatch, rows, sharding):
-    monkeypatch.setattr(training_batches, "_VALIDATION_ROWS", rows)
+    monkeypatch.setattr(training_batches, "VALIDATION_ROWS", rows)
     config = tiny_config(2, *PLAIN, "validate_every=1", "batch_size=12")
     train_on(1, config, tmp_path / "one")
     train_on(4 if sharding == "ddp" else 2, config, tmp_path / "several", sharding=sharding)

@@ -42,6 +42,8 @@ from smalti.cli_latents_arguments import TrainAutoencoder, TrainTokenizer
 from smalti.cli_mup import mup_command
 from smalti.cli_mup_arguments import Mup
 from smalti.cli_options import as_arguments, check_device, chosen_budget, set_threads
+from smalti.cli_plan import plan_command
+from smalti.cli_plan_arguments import Plan
 from smalti.cli_progress import progress_bar
 from smalti.cli_sampler import sampling_arguments, solver_options
 from smalti.cli_serve import replay_command, serve_command
@@ -348,6 +350,7 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Top: top_command,
     Mup: mup_command,
     Compare: compare_command,
+    Plan: plan_command,
     Info: _info,
     Completion: _completion,
 }

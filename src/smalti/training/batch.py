@@ -18,7 +18,7 @@ from smalti.diffusion.timesteps import stratify, trained_span
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.types import Condition
 
-_VALIDATION_ROWS = 256
+VALIDATION_ROWS = 256  # that a validation takes, or as many as are held out
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def validation_batches(
     run of a process. A batch for each bucket, by its share of the rows."""
     total, first = sum(len(rows) for rows in buckets), 0
     for rows in buckets:
-        count = min(math.ceil(_VALIDATION_ROWS * len(rows) / total), len(rows))
+        count = min(math.ceil(VALIDATION_ROWS * len(rows) / total), len(rows))
         yield _validation_batch(config, process, rows, torch.arange(count), first, encode_captions)
         first += count
 

@@ -72,7 +72,8 @@ class TrainingState:
         self.validations = [*self.validations, (self.step, losses)][-_KEPT_VALIDATIONS:]
 
 
-def _new_network(config: RunConfig) -> nn.Module:
+def new_network(config: RunConfig) -> nn.Module:
+    """The network that a run trains, with its published initialisation: with its text encoder, where it has one."""
     if isinstance(config.text, TinyTextConfig):
         return build_prompted_network(config.model, config.text, config.seed, config.codebook_size)
     return build_model(config.model, config.seed, config.codebook_size)
@@ -85,7 +86,7 @@ def new_state(
 
     Raises UserError for initial weights of another network.
     """
-    model, mup = _new_network(config), config.parametrisation
+    model, mup = new_network(config), config.parametrisation
     scales = None if mup is None else rescale_initial_weights(model, mup, config.seed)
     if config.initial_weights is not None:
         weights = read_weights(config.initial_weights)
