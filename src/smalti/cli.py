@@ -46,6 +46,8 @@ from smalti.cli_plan import plan_command
 from smalti.cli_plan_arguments import Plan
 from smalti.cli_progress import progress_bar
 from smalti.cli_sampler import sampling_arguments, solver_options
+from smalti.cli_scaling import scaling_command
+from smalti.cli_scaling_arguments import Scaling
 from smalti.cli_serve import replay_command, serve_command
 from smalti.cli_serve_arguments import Chaos, Replay, Serve, Top
 from smalti.cli_top import top_command
@@ -350,6 +352,7 @@ _RUNNERS: dict[type[Any], Callable[[Any], int]] = {
     Top: top_command,
     Mup: mup_command,
     Compare: compare_command,
+    Scaling: scaling_command,
     Plan: plan_command,
     Info: _info,
     Completion: _completion,

@@ -13,6 +13,7 @@ from smalti.cli_evaluate_arguments import CompareCards, Eval, Sampler
 from smalti.cli_latents_arguments import TrainAutoencoder, TrainTokenizer
 from smalti.cli_mup_arguments import Mup
 from smalti.cli_plan_arguments import Plan
+from smalti.cli_scaling_arguments import Scaling
 from smalti.cli_serve_arguments import Chaos, Replay, Serve, Top
 
 
@@ -365,6 +366,7 @@ COMMANDS: dict[str, type[Any]] = {
     "top": Top,
     "mup": Mup,
     "compare": Compare,
+    "scaling": Scaling,
     "plan": Plan,
     "info": Info,
     "completion": Completion,

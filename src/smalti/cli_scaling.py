@@ -184,7 +184,7 @@ def _fit(command: ScalingFit) -> int:
 
 def _flops(command: ScalingPredict) -> float:
     from smalti.scaling.accelerators import parse_devices
-    from smalti.scaling.planner import ASSUMED_MFU
+    from smalti.scaling.planner import GPU_UTILISATION
     from smalti.scaling.prediction import flops_from_hours, flops_from_money
 
     given = [name for name in ("flops", "gpu_hours", "money") if getattr(command, name) is not None]
@@ -197,7 +197,7 @@ def _flops(command: ScalingPredict) -> float:
     devices = parse_devices(command.gpu)
     if devices.count != 1:
         raise UserError(f"--gpu {command.gpu}: hours and prices are of one; give --gpu {devices.accelerator.name}")
-    gpu, mfu = devices.accelerator, ASSUMED_MFU if command.mfu is None else command.mfu
+    gpu, mfu = devices.accelerator, GPU_UTILISATION if command.mfu is None else command.mfu
     peak = gpu.peak("float32" if gpu.bfloat16 is None else "bfloat16")
     if command.gpu_hours is not None:
         return flops_from_hours(command.gpu_hours, peak, mfu)

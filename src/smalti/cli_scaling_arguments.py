@@ -36,8 +36,8 @@ class ScalingPlan(_Planned):
 
 @dataclass(frozen=True)
 class ScalingRun(_Planned):
-    """Train a study: networks of several widths at several compute budgets, muP's learning rate for all, and one largest
-    run that is held out to test what the others predict. Then fit the law and write the report.
+    """Train a study: networks of several widths at several compute budgets, muP's learning rate for all, and one
+    largest run that is held out to test what the others predict. Then fit the law and write the report.
 
     Examples: smalti scaling run digits --budget 60min
               smalti scaling run my-study.json --budget 1e17 --device cuda --ray

@@ -40,8 +40,8 @@ def _held_out(analysis: Analysis) -> list[str]:
     times = held.flops / float(analysis.fitted.runs.flops.max())
     return [
         f"The held-out run, of {times:.1f} times the largest fitted budget, has a loss of {held.loss:.4f}: "
-        f"{_percent(off)} {'above' if off > 0 else 'below'} the law's {held.predicted.value:.4f}, {where} its predicted interval "
-        f"({held.predicted.low:.4f} to {held.predicted.high:.4f})."
+        f"{_percent(off)} {'above' if off > 0 else 'below'} the law's {held.predicted.value:.4f}, {where} its predicted "
+        f"interval ({held.predicted.low:.4f} to {held.predicted.high:.4f})."
     ]
 
 
@@ -106,6 +106,6 @@ def _undetermined(analysis: Analysis) -> list[str]:
         return []
     return [
         f"These runs do not determine {' and '.join(said)}: the interval's ends differ by more than {_LOOSE:g} times. "
-        f"What follows from the constants together, such as losses between the budgets, is known better: runs scatter about "
-        f"the law by {_percent(scatter(analysis))}."
+        f"What follows from the constants together, such as losses between the budgets, is known better: runs scatter "
+        f"about the law by {_percent(scatter(analysis))}."
     ]

@@ -63,7 +63,9 @@ def best_sizes(analysis: Analysis) -> Draw:
             if minimum.n is not None:
                 below, above = minimum.n.value - minimum.n.low, minimum.n.high - minimum.n.value
                 spread = [[max(0.0, below)], [max(0.0, above)]]
-                axes.errorbar([minimum.flops], [minimum.n.value], yerr=spread, fmt="o", color=COLOURS[1], capsize=3)
+                axes.errorbar(
+                    [minimum.slice.mean_flops], [minimum.n.value], yerr=spread, fmt="o", color=COLOURS[1], capsize=3
+                )
         axes.set_xscale("log")
         axes.set_yscale("log")
         _keep_in_view(axes, [*sizes, *(m.n.value for m in analysis.minima if m.n is not None)])

@@ -192,12 +192,12 @@ def _settings(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"Recipe {config.recipe}'s learning rate holds at width {study.spec.base_width}; muP carries it to the others."
         f" Batches of {config.loop.batch_size}; warm-up and decay follow each run's length; one seed.",
-        f"{sum(row['kind'] == 'train' for row in rows)} runs and {sum(row['kind'] == 'score' for row in rows)} scorings "
-        f"took {seconds / 60:.0f} minutes of work, {plan['slots']} at a time, on {machine['processor']} "
+        f"{sum(row['kind'] == 'train' for row in rows)} runs and {sum(row['kind'] == 'score' for row in rows)} "
+        f"scorings took {seconds / 60:.0f} minutes of work, {plan['slots']} at a time, on {machine['processor']} "
         f"({machine['cores']} cores, products in {machine['products']}), PyTorch {machine['torch']}, smalti "
         f"{machine['smalti']}.",
-        "The loss is the mean of 1,000 held-out pictures at most, at fixed times and noise, of the averaged weights: the "
-        "same pictures, times and noise in every run.",
+        "The loss is the mean of 1,000 held-out pictures at most, at fixed times and noise, of the averaged weights: "
+        "the same pictures, times and noise in every run.",
     ]  # fmt: skip
 
 

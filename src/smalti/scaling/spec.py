@@ -28,10 +28,10 @@ _FEWEST_SIZES = 3
 class ScalingSpec:
     """A study of one recipe.
 
-    set: as `smalti train RECIPE --set` takes it. base_width: where the recipe's learning rate was tuned. slices: compute
-    budgets that the law is fitted to, sizes_per_slice runs at each. compute_range: the largest budget over the smallest;
-    the largest is that of one run, held out to test the law's prediction. samples: pictures drawn of the best run of
-    each budget for their Frechet distance, 0 for none; only the bundled digits have what judges them.
+    set: as `smalti train RECIPE --set` takes it. base_width: where the recipe's learning rate was tuned. slices:
+    compute budgets that the law is fitted to, sizes_per_slice runs at each. compute_range: the largest budget over the
+    smallest; the largest is that of one run, held out to test the law's prediction. samples: pictures drawn of the best
+    run of each budget for their Frechet distance, 0 for none; only the bundled digits have what judges them.
     """
 
     name: str
