@@ -13,10 +13,12 @@ import numpy as np
 from smalti.errors import UserError
 from smalti.run_folder import read_rows
 from smalti.scaling.compute import ComputeLaw, fit_compute
-from smalti.scaling.intervals import Interval
+from smalti.scaling.huber import PARAMETERS
+from smalti.scaling.intervals import Interval, Values
 from smalti.scaling.isoflop import Frontier, Minimum, Slice, frontier, minima, slices
 from smalti.scaling.law import FittedLaw, Runs, fit
 
+_PARABOLA = 3  # constants of it
 _COLUMNS = ("parameters", "images", "loss", "flops")
 
 
@@ -107,7 +109,10 @@ def analyse(rows: Sequence[Mapping[str, Any]], *, replicates: int = 300, seed: i
     line: Frontier | None = None
     if all("budget" in row for row in fitted_to):
         groups = slices(runs, [row["budget"] for row in fitted_to])
-        found = minima(groups, replicates=replicates, seed=seed)
+        # Where no slice has a run to spare for its noise, the law's scatter tells it.
+        spare = any(len(one.n) > _PARABOLA for one in groups)
+        noise = None if spare else _scatter(fitted.residuals)
+        found = minima(groups, noise=noise, replicates=replicates, seed=seed)
         try:
             line = frontier(found)
         except UserError as error:
@@ -208,8 +213,11 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
 
 def scatter(analysis: Analysis) -> float:
     """Standard deviation of one run's ln loss about the law, degrees of freedom counted."""
-    residuals = analysis.fitted.residuals
-    return float(math.sqrt((residuals**2).sum() / max(1, len(residuals) - 5)))
+    return _scatter(analysis.fitted.residuals)
+
+
+def _scatter(residuals: Values) -> float:
+    return math.sqrt(float((residuals**2).sum()) / max(1, len(residuals) - PARAMETERS))
 
 
 def _compute_json(law: ComputeLaw | None) -> dict[str, Any] | None:

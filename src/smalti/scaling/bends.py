@@ -40,8 +40,8 @@ def _held_out(analysis: Analysis) -> list[str]:
     times = held.flops / float(analysis.fitted.runs.flops.max())
     return [
         f"The held-out run, of {times:.1f} times the largest fitted budget, has a loss of {held.loss:.4f}: "
-        f"{_percent(off)} {'above' if off > 0 else 'below'} the law's {held.predicted.value:.4f}, {where} its predicted "
-        f"interval ({held.predicted.low:.4f} to {held.predicted.high:.4f})."
+        f"{_percent(off)} {'above' if off > 0 else 'below'} the law's {held.predicted.value:.4f}, {where} its "
+        f"predicted interval ({held.predicted.low:.4f} to {held.predicted.high:.4f})."
     ]
 
 

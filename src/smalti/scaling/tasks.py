@@ -61,11 +61,12 @@ def _time(config: RunConfig, folder: Path) -> dict[str, Any]:
 def _train(config: RunConfig, folder: Path, device: str) -> dict[str, Any] | None:
     """Train a run, or go on with it. status: finished, diverged or failed; a loss of its own is only in the first."""
     from smalti.pipeline import load
-    from smalti.run_folder import RunFolder, read_record, read_rows
+    from smalti.run_folder import RunFolder, read_record
     from smalti.training.display import SilentDisplay
     from smalti.training.failure import TrainingDiverged
+    from smalti.training.health import mean_interval
     from smalti.training.loop import train
-    from smalti.training.validation import validation_of_run
+    from smalti.training.validation import objective_of_run
     from smalti.types import Backbone
 
     if RunFolder(folder).failure.exists():  # the process was killed between the divergence and its row
@@ -78,21 +79,21 @@ def _train(config: RunConfig, folder: Path, device: str) -> dict[str, Any] | Non
         return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     if result.outcome == "interrupted":
         return None
-    row = next((r for r in reversed(read_rows(result.folder.metrics)) if "validation_loss" in r), None)
-    if row is None:
-        return {"status": "failed", "error": "the data has no held-out rows, so that there is no loss to fit"}
-    loss = float(row["validation_loss"])
-    if not math.isfinite(loss):
-        return {"status": "diverged", "error": f"validation loss {loss}"}
     backbone = load(folder).backbone
     assert isinstance(backbone, Backbone)
+    try:
+        held_out = mean_interval(objective_of_run(folder, device)(backbone))
+    except UserError as error:
+        return {"status": "failed", "error": f"{error}, so that there is no loss to fit"}
+    if not math.isfinite(held_out.mean):
+        return {"status": "diverged", "error": f"held-out loss {held_out.mean}"}
     record = read_record(result.folder)
     return {
         "status": "finished",
-        "loss": loss,
-        "low": row["validation_loss_low"],
-        "high": row["validation_loss_high"],
-        "training_rows_loss": validation_of_run(folder, device, "training")(backbone),
+        "loss": held_out.mean,
+        "low": held_out.low,
+        "high": held_out.high,
+        "training_rows_loss": objective_of_run(folder, device, "training")(backbone).mean().item(),
         "seconds": round(result.seconds, 1),
         "threads": record["threads"],
     }

@@ -378,7 +378,9 @@ class Jobs:
         await live.write(self.store, partial(keep_picture, id=live.job.id, picture=picture, file=done.image))
         if not live.unwritten:
             del live.files[index]
-        live.job = replace(live.job, pictures=(*live.job.pictures, picture))
+        # In the order that the store gives them in, whichever was finished first.
+        pictures = tuple(sorted((*live.job.pictures, picture), key=lambda other: other.index))
+        live.job = replace(live.job, pictures=pictures)
         live.log.tell("picture", picture_event(live.job.id, picture).data, slot=f"preview {index}")
 
     async def _end(self, live: LiveJob, status: JobStatus, error: JobError | None) -> bool:

@@ -1,7 +1,7 @@
 """What a training step reads: rows, noise, timesteps and dropped labels, all addressed by (seed, step, slot)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from smalti.pipeline_arguments import PromptEncoder
 from smalti.types import Condition
 
 VALIDATION_ROWS = 256  # that a validation takes, or as many as are held out
+OBJECTIVE_DRAWS = 8  # times as many pairs of a row and noise for a loss that a few per cent matter in
 
 
 @dataclass(frozen=True)
@@ -95,27 +96,55 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Held-out rows at fixed t, evenly spread, with fixed noise and true labels or first captions: the same in every
     run of a process. A batch for each bucket, by its share of the rows."""
-    total, first = sum(len(rows) for rows in buckets), 0
-    for rows in buckets:
-        count = min(math.ceil(VALIDATION_ROWS * len(rows) / total), len(rows))
-        yield _validation_batch(config, process, rows, torch.arange(count), first, encode_captions)
+    return _measured_batches(config, process, buckets, encode_captions, 0, trained_span)
+
+
+def objective_batches(
+    config: RunConfig,
+    process: Process,
+    buckets: Sequence[TrainingRows],
+    encode_captions: PromptEncoder | None = None,
+) -> Iterator[Batch]:
+    """Rows at fixed t spread as those of training are, so that their mean loss is what training minimises; with fixed
+    noise and true labels or first captions. Several times as many batches as a validation has, of other rows where
+    there are enough and with other noise."""
+    for draw in range(OBJECTIVE_DRAWS):
+        yield from _measured_batches(config, process, buckets, encode_captions, draw, config.timesteps)
+
+
+def _measured_batches(
+    config: RunConfig,
+    process: Process,
+    buckets: Sequence[TrainingRows],
+    encode_captions: PromptEncoder | None,
+    draw: int,
+    density: Callable[[Tensor, Process], Tensor],
+) -> Iterator[Batch]:
+    total = sum(len(rows) for rows in buckets)
+    counts = [min(math.ceil(VALIDATION_ROWS * len(rows) / total), len(rows)) for rows in buckets]
+    first = draw * sum(counts)
+    for rows, count in zip(buckets, counts, strict=True):
+        indices = (torch.arange(count) + draw * count) % max(1, len(rows))
+        slots = torch.arange(count) + first
+        yield _measured_batch(config, process, rows, indices, slots, encode_captions, density)
         first += count
 
 
-def _validation_batch(
+def _measured_batch(
     config: RunConfig,
     process: Process,
     rows: TrainingRows,
     indices: Tensor,
-    first: int,
+    slots: Tensor,
     encode_captions: PromptEncoder | None,
+    density: Callable[[Tensor, Process], Tensor],
 ) -> Batch:
-    """Rows with the noise and the t of the slots from `first` on."""
+    """Rows with the noise and the t of slots."""
     x0 = rows.read(indices)
-    device, slots = x0.device, indices + first
+    device = x0.device
     eps = _noise(x0, 0, "validation/noise", slots.to(device))
     # 0.618...: neighbours in row order get far-apart t, so that classes and t do not go together.
-    t = trained_span((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)
+    t = density((slots.double() * 0.6180339887498949 + 0.5) % 1.0, process)
     t = t.to(device, rng.widest_float(device))
     if encode_captions is not None:
         assert rows.captions is not None

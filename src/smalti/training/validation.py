@@ -1,6 +1,6 @@
 """The fixed-t validation loss: of the network that trains, and of other weights afterwards."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from smalti.diffusion.processes import make_process
 from smalti.errors import UserError
 from smalti.pipeline_arguments import PromptEncoder
 from smalti.run_folder import RunFolder, read_config
-from smalti.training.batch import Batch, validation_batches
+from smalti.training.batch import Batch, objective_batches, validation_batches
 from smalti.training.data import caption_features, kept_tokenizer, open_run_data, pretrained_encoder
 from smalti.training.parallel import Ranks
 from smalti.types import Backbone
@@ -52,14 +52,32 @@ def _losses(
     return ranks.combine(combined, activity)
 
 
-def validation_of_run(
-    run: Path, device: str = "cpu", part: Literal["held_out", "training"] = "held_out"
-) -> Callable[[Backbone], float]:
+def validation_of_run(run: Path, device: str = "cpu") -> Callable[[Backbone], float]:
     """What takes a network with any of a run's weights to its validation loss, as the run itself measured it: the mean
-    over held-out rows at fixed t and noise. part="training": over as many of the rows that it was trained on.
+    over held-out rows at fixed t and noise.
 
     Raises UserError where the run's data cannot be opened or holds no rows out.
     """
+    config, process, batches = _batches_of_run(run, device, "held_out", validation_batches)
+    return lambda network: held_out_losses(config, process, network, batches).mean().item()
+
+
+def objective_of_run(
+    run: Path, device: str = "cpu", part: Literal["held_out", "training"] = "held_out"
+) -> Callable[[Backbone], Tensor]:
+    """What takes a network with any of a run's weights to losses whose mean is the run's training objective on held-out
+    rows, [draws]: t is spread as in training, where a validation spreads it evenly and so weighs times most that
+    training may hardly visit. part="training": on rows that it was trained on.
+
+    Raises UserError where the run's data cannot be opened or holds no rows out.
+    """
+    config, process, batches = _batches_of_run(run, device, part, objective_batches)
+    return lambda network: held_out_losses(config, process, network, batches)
+
+
+def _batches_of_run(
+    run: Path, device: str, part: Literal["held_out", "training"], batches: Callable[..., Iterator[Batch]]
+) -> tuple[RunConfig, Process, list[Batch]]:
     config, place = read_config(run), torch.device(device)
     process = make_process(config.process)
     data = open_run_data(config, place, run)
@@ -71,5 +89,4 @@ def validation_of_run(
     tokenizer = kept_tokenizer(config, data.training, RunFolder(run))
     if tokenizer is not None:
         encode = tokenizer.encode
-    batches = list(validation_batches(config, process, [rows.to(place) for rows in rows_of_part], encode))
-    return lambda network: held_out_losses(config, process, network, batches).mean().item()
+    return config, process, list(batches(config, process, [rows.to(place) for rows in rows_of_part], encode))

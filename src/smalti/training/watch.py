@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 LONG = 20  # times hang_seconds: compiling, downloading, waiting for a disk; and computing without a sign of progress
@@ -179,6 +180,11 @@ class Watch:
 
     def start(self) -> None:
         """Begin; entered() must be ready."""
+        with suppress(RuntimeError):  # a rank that is lost already is judged as one
+            self._publish()
+            # A rank is named by its sign, so a run must not get far without everyone's.
+            keys = [f"sign/{rank}" for rank in range(self._size)]
+            self._store.wait(keys, timedelta(seconds=self._hang_seconds))
         self._look()
         # Two, since the store is on another machine: what waits for it may wait for minutes.
         for act, name in ((self._keep_looking, "watch"), (self._act, "watch of the watch")):
@@ -293,8 +299,10 @@ class Watch:
     def _without_store(self) -> Verdict:
         """The store is lost: with the launcher that kept it, or with rank 0."""
         first = next((seen for seen in self._seen() if seen.rank == 0), None)
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or first is None or self._rank == 0:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or self._rank == 0:
             return Verdict(0, "the launcher that started the ranks is gone, or the first machine")
+        if first is None:
+            return Verdict(0, "rank 0 is gone: it gave no sign of life after the ranks had joined")
         return Verdict(0, f'{first.name} is gone, last seen in "{first.sign.activity}"{_waiting(self._seen(), first)}')
 
 
