@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from smalti.training.display import PlainDisplay
 from smalti.training.loop import train
 from smalti.training.saving import restore
 from smalti.training.state import new_state
-from smalti.training.watch import Seen, Sign, judge, process_lives
+from smalti.training.watch import Progress, Seen, Sign, Watch, judge, process_lives
 
 PLAIN = ["precision=float32", "compile=false", "validate_every=1000"]
 
@@ -397,6 +398,21 @@ def test_the_watch_blames_who_keeps_the_others_waiting():
     # One that has ended in order, and one that has not.
     assert judged({}, {"left": "its part is done", "silent": 99.0, "alive": False}) is None
     assert judged({}, {"left": "ValueError: x", "silent": 6.0, "entered": 9}).rank == 1
+
+
+def test_the_ranks_know_each_other_before_a_run_begins():
+    """One that is killed in the first second is named, however the others' first looks fell."""
+    store = torch.distributed.HashStore()
+    late, early = (Watch(store, rank, 2, Progress(), 5.0, lambda: 0) for rank in range(2))
+    waiting = threading.Thread(target=early.start)
+    waiting.start()
+    time.sleep(0.3)
+    assert waiting.is_alive()  # for the sign of rank 0
+    late.start()
+    waiting.join(5)
+    assert sorted(seen.rank for seen in early._seen()) == [0, 1]
+    for watch in (late, early):
+        watch.leave("its part is done")
 
 
 def test_a_command_and_its_arguments_are_the_same():

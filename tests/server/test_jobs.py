@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 from server.double_service import DoubleService, card, picture
 from server.doubles_jobs import QUICK, ended, new_job, running_jobs, until
 
@@ -318,10 +319,14 @@ def test_a_full_disk_accepts_nothing(tmp_path):
 def test_a_disk_that_fills_up_later_loses_nothing(tmp_path):
     async def work():
         async with running_jobs(tmp_path / "jobs.db") as jobs:
-            made, _ = await jobs.create(new_job(n=2, seed=5))
+            asked = new_job(n=2, seed=5)
+            slow = structs.replace(asked.orders[0], num_inference_steps=40)  # so that the second picture comes first
+            made, _ = await jobs.create(replace(asked, orders=[slow, asked.orders[1]]))
             disk = FullStore(jobs.store)
             job, events = await ended(jobs, made.id)
             assert (job.status, kinds(events)[-1]) == ("succeeded", "succeeded")
+            assert [event.data["index"] for event in events if event.kind == "picture"] == [1, 0]
+            assert [one.index for one in job.pictures] == [0, 1]
             expected = ("image/png", picture(PictureOrder(seed=6, class_label=1), "0123456789ab"))
             assert await jobs.image("alice", made.id, 1) == expected
             await asyncio.sleep(0.1)
