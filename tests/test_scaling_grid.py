@@ -177,7 +177,7 @@ def test_a_study_fits_in_its_time(seconds, step, slots):
     took = study_seconds(planned, SPEC, times, slots)
     assert took <= seconds
     assert took > 0.6 * seconds  # and uses it
-    assert len(planned.cells) >= SPEC.slices * SPEC.sizes_per_slice + 1
+    assert len(planned.cells) >= 3 * SPEC.slices + 1  # the smallest slices may afford no more
 
 
 def test_step_times_are_a_line_between_sizes():

@@ -1,11 +1,13 @@
 """A study that is killed, shared and failed in: nothing that had finished is lost, and nothing is done twice."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from scaling_studies import BUDGET, InThisProcess, tiny_spec
 
 from smalti.errors import UserError
 from smalti.run_folder import read_rows
+from smalti.scaling import sweep
 from smalti.scaling.budget import StudyBudget
 from smalti.scaling.executors import Ended
 from smalti.scaling.sweep import open_study, read_study, run_study
@@ -23,6 +26,11 @@ DRIVER = Path(__file__).with_name("scaling_studies.py")
 
 def quiet(text):
     """Says nothing."""
+
+
+def trained(loss):
+    """The result of a run."""
+    return {"status": "finished", "loss": loss, "seconds": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,7 @@ def test_kills_and_a_second_sweep_change_no_result(uninterrupted, tmp_path):
 
 
 def test_a_finished_study_does_nothing_more(uninterrupted, tmp_path):
-    executor = InThisProcess(answers={width: {"status": "finished", "loss": 1.0 / width} for width in (16, 24, 32, 40)})
+    executor = InThisProcess(answers={width: trained(1.0 / width) for width in (16, 24, 32, 40)})
     study = open_study(tiny_spec(), tmp_path / "study", BUDGET, executor, say=quiet)
     assert run_study(study, executor, say=quiet)
     begun = len(executor.started)
@@ -116,9 +124,9 @@ def test_a_finished_study_does_nothing_more(uninterrupted, tmp_path):
 def test_failed_and_diverged_runs_are_kept_as_such_and_the_study_goes_on(tmp_path):
     answers = {
         16: {"status": "diverged", "error": "the loss was not finite"},
-        24: {"status": "finished", "loss": 0.3},
+        24: trained(0.3),
         32: Ended(None, "its process ended by signal SIGKILL"),
-        40: {"status": "finished", "loss": 0.4},
+        40: trained(0.4),
     }
     executor, said = InThisProcess(answers=answers), []
     study = open_study(tiny_spec(), tmp_path / "study", BUDGET, executor, say=quiet)
@@ -131,10 +139,45 @@ def test_failed_and_diverged_runs_are_kept_as_such_and_the_study_goes_on(tmp_pat
     assert sum("going on with it" in text for text in said) == 2 * sum(row["width"] == 32 for row in study.rows())
 
 
+@dataclass(frozen=True)
+class Endless:
+    """A task that never ends by itself."""
+
+    stopped: list
+
+    def ended(self):
+        return None
+
+    def stop(self):
+        self.stopped.append(True)
+
+
+def test_a_run_that_takes_far_longer_than_planned_is_stopped_and_kept_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_LEAST_PATIENCE", 0.5)
+    stopped = []
+
+    class Hanging(InThisProcess):
+        def start(self, task):
+            return Endless(stopped) if task.config.model.width == 32 else super().start(task)
+
+    answers = {width: trained(width / 1000) for width in (16, 24, 32, 40)}
+    executor = Hanging(answers=answers)
+    study = open_study(tiny_spec(), tmp_path / "study", BUDGET, executor, say=quiet)
+    plan = tmp_path / "study" / "plan.json"
+    times = {"flops": [1.0, 2.0], "seconds": [1e-12, 2e-12], "run_seconds": 0.01}
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "times": times}))
+    with pytest.raises(UserError, match="give_up=1 must be above 1"):
+        run_study(study, executor, give_up=1.0, say=quiet)
+    assert run_study(study, executor, give_up=2.0, say=quiet)
+    rows = [row for row in study.rows() if row["width"] == 32]
+    assert rows
+    assert len(stopped) == len(rows)
+    assert {row["status"] for row in rows} == {"stopped"}
+    assert "more than it was to be given" in rows[0]["error"]
+
+
 def test_max_runs_stops_early_and_the_next_call_goes_on(tmp_path):
-    executor = InThisProcess(
-        answers={width: {"status": "finished", "loss": width / 1000} for width in (16, 24, 32, 40)}
-    )
+    executor = InThisProcess(answers={width: trained(width / 1000) for width in (16, 24, 32, 40)})
     study = open_study(tiny_spec(), tmp_path / "study", BUDGET, executor, say=quiet)
     assert not run_study(study, executor, max_runs=2, say=quiet)
     assert len(study.rows()) == 2
@@ -142,9 +185,7 @@ def test_max_runs_stops_early_and_the_next_call_goes_on(tmp_path):
 
 
 def test_a_torn_last_row_is_run_again(uninterrupted, tmp_path):
-    executor = InThisProcess(
-        answers={width: {"status": "finished", "loss": width / 1000} for width in (16, 24, 32, 40)}
-    )
+    executor = InThisProcess(answers={width: trained(width / 1000) for width in (16, 24, 32, 40)})
     study = open_study(tiny_spec(), tmp_path / "study", BUDGET, executor, say=quiet)
     assert run_study(study, executor, say=quiet)
     results = tmp_path / "study" / "results.jsonl"
@@ -158,13 +199,12 @@ def test_a_torn_last_row_is_run_again(uninterrupted, tmp_path):
 
 def test_pictures_of_the_best_runs_are_judged(tmp_path, monkeypatch):
     """Scorings are wanted of the best run of each complete slice and of the held-out one, and of no other."""
-    scored = {"fd": {"value": 1.0, "low": 0.5, "high": 2.0}, "samples": 100}
-    trained = {"status": "finished", "loss": 0.5, "seconds": 1.0}
+    scored = {"fd": {"value": 1.0, "low": 0.5, "high": 2.0}, "samples": 100, "seconds": 1.0}
 
     class Scoring(InThisProcess):
         def start(self, task):
             width = task.config.model.width
-            answer = scored if task.kind == "score" else {**trained, "loss": abs(width - 24) / 100 + 0.1}
+            answer = scored if task.kind == "score" else trained(abs(width - 24) / 100 + 0.1)
             self.answers = {width: answer}
             return super().start(task)
 

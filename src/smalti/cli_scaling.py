@@ -113,6 +113,8 @@ def _run(command: ScalingRun) -> int:
     spec, budget = _spec(command), parse_budget(command.budget)
     if command.max_runs is not None and command.max_runs < 1:
         raise UserError(f"--max-runs {command.max_runs} must be at least 1")
+    if not command.give_up > 1:
+        raise UserError(f"--give-up {command.give_up:g} must be above 1: times what was planned for a run")
     out = command.out or Path("runs") / f"scaling-{spec.name}"
     charts_available()  # before the time is spent
     with ExitStack() as stack:
@@ -133,7 +135,7 @@ def _run(command: ScalingRun) -> int:
         try:
             study = open_study(spec, out, budget, executor, command.device, say)
             complete = run_study(
-                study, executor, device=command.device, max_runs=command.max_runs, say=say,
+                study, executor, device=command.device, max_runs=command.max_runs, give_up=command.give_up, say=say,
                 progress=lambda share: bar.update(task, completed=share),
             )  # fmt: skip
         except KeyboardInterrupt:

@@ -43,8 +43,9 @@ class ScalingRun(_Planned):
               smalti scaling run my-study.json --budget 1e17 --device cuda --ray
 
     Each slice of equal compute starts around the size that the slices below it point to, and grows until it brackets
-    its minimum. Every result is a line of results.jsonl, failed runs too. After a crash or Ctrl-C the same command goes
-    on, inside the runs it was in; several processes may share one --out, and no run is trained twice.
+    its minimum. Every result is a line of results.jsonl, also of runs that diverged, failed or were stopped: delete the
+    line to have one run again. After a crash or Ctrl-C the same command goes on, inside the runs it was in; several
+    processes may share one --out, and no run is trained twice.
 
     A study of your own is a JSON file: {"name": "birds", "recipe": "folder", "set": ["data.path=birds"],
     "widths": [64, 96, 128, 192, 256, 384], "base_width": 128, "slices": 4, "compute_range": 40, "samples": 0}.
@@ -56,6 +57,8 @@ class ScalingRun(_Planned):
     """Run on the Ray cluster that this machine belongs to; --out must be a path that all of it reaches."""
     max_runs: int | None = None
     """Stop after so many runs; the same command goes on."""
+    give_up: float = 5.0
+    """Of a --budget in time: stop a run that takes so many times what was planned for it."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from smalti.scaling.prediction import predict
 from smalti.scaling.published import DIFFUSION_TRANSFORMERS
 from smalti.scaling.spec import bundled_specs
 from smalti.scaling.sweep import PLAN, Study, read_study
+from smalti.training.batch import OBJECTIVE_DRAWS, VALIDATION_ROWS
 
 _FURTHER = (1.0, 10.0, 100.0)  # times the largest measured budget, that the next run is planned for
 
@@ -69,9 +70,9 @@ def findings(analysis: Analysis) -> list[str]:
         if law is not None:
             power = law.chosen.interval(lambda curve: curve.power)
             to = f" towards {law.chosen.curve.asymptote:.3g}" if law.asymptote_chosen else ""
-            said.append(
-                f"The best {name} of a budget falls as C^-{power.value:.3f} ({power.low:.3f} to {power.high:.3f}){to}."
-            )
+            known = "" if power.low > 0 else ": the budgets do not tell how fast"
+            p = with_interval(power, ".3f") + known
+            said.append(f"The best {name} of a budget goes{to or ' down'} as C^-p with p = {p}.")
     return said
 
 
@@ -196,8 +197,9 @@ def _settings(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"scorings took {seconds / 60:.0f} minutes of work, {plan['slots']} at a time, on {machine['processor']} "
         f"({machine['cores']} cores, products in {machine['products']}), PyTorch {machine['torch']}, smalti "
         f"{machine['smalti']}.",
-        "The loss is the mean of 1,000 held-out pictures at most, at fixed times and noise, of the averaged weights: "
-        "the same pictures, times and noise in every run.",
+        "The loss is the training objective of the averaged weights on held-out pictures: the mean over the same "
+        f"{OBJECTIVE_DRAWS * VALIDATION_ROWS:,} or fewer triples of picture, noise and time in every run, the times "
+        "spread as in training.",
     ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ locks, on several.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from smalti.data.sources.digits import DigitsData
 from smalti.errors import UserError
 from smalti.run_folder import append_row, read_rows, write_json
 from smalti.scaling.budget import StepTimes, StudyBudget, smallest_budget, times_from_json
-from smalti.scaling.executors import Executor, Running
+from smalti.scaling.executors import Ended, Executor, Running
 from smalti.scaling.grid import Cell, Layout, cell_config, cell_key, describe_cell, layout
 from smalti.scaling.spec import ScalingSpec, Size, read_spec
 from smalti.scaling.tasks import Task
@@ -32,6 +33,7 @@ from smalti.scaling.tasks import Task
 RESULTS, PLAN, SPEC = "results.jsonl", "plan.json", "spec.json"
 _ATTEMPTS = 3  # of a run whose process died
 _POLL_SECONDS = 0.2
+_LEAST_PATIENCE = 60.0  # seconds that any run is given, whatever was planned
 Say = Callable[[str], None]
 Progress = Callable[[float], None]
 
@@ -176,12 +178,14 @@ def _wanted(study: Study, device: str) -> tuple[dict[str, tuple[Task, Cell]], La
 
 @dataclass
 class _Held:
-    """A task that runs, and the lock on it."""
+    """A task that runs, and the lock on it. seconds: that it was seen to run; patience: after which it is stopped."""
 
     task: Task
     cell: Cell
     running: Running
     lock: filelock.BaseFileLock
+    patience: float
+    seconds: float = 0.0
 
 
 @contextmanager
@@ -201,14 +205,20 @@ def run_study(
     *,
     device: str = "cpu",
     max_runs: int | None = None,
+    give_up: float = math.inf,
     say: Say = print,
     progress: Progress = lambda share: None,
 ) -> bool:
     """Do all that the study lacks; returns whether it is complete: other processes may still have runs, or max_runs
-    trainings are done. say: told of each end; progress: told the share of the training FLOPs that is done.
+    trainings are done. give_up: a run that takes so many times what was planned for it is stopped and kept as such.
+    say: told of each end; progress: told the share of the training FLOPs that is done.
 
-    KeyboardInterrupt stops the runs, which save themselves; the same call goes on with them.
+    KeyboardInterrupt stops the runs, which save themselves; the same call goes on with them. Raises UserError for
+    give_up not above 1.
     """
+    if not give_up > 1:
+        raise UserError(f"give_up={give_up:g} must be above 1: times what was planned for a run")
+    times = read_step_times(study.folder)
     held: dict[str, _Held] = {}
     deaths: dict[str, int] = {}
     begun = 0
@@ -231,12 +241,17 @@ def run_study(
                 if key not in _wanted(study, device)[0]:  # and has just ended it
                     lock.release()
                     continue
-                held[key] = _Held(task, cell, executor.start(task), lock)
+                patience = math.inf if times is None else max(_LEAST_PATIENCE, give_up * times.run(cell))
+                held[key] = _Held(task, cell, executor.start(task), lock, patience)
                 begun += task.kind == "train"
             if not held and max_runs is not None and begun >= max_runs:
                 return False
+            before = time.monotonic()
             time.sleep(_POLL_SECONDS)
+            # While a machine sleeps, its runs do not take long.
+            passed = min(time.monotonic() - before, 2 * _POLL_SECONDS)
             for key, one in list(held.items()):
+                one.seconds += passed
                 _look_after(study, key, held, deaths, say, one)
 
 
@@ -244,7 +259,11 @@ def _look_after(study: Study, key: str, held: dict[str, _Held], deaths: dict[str
     """Keep the result of a task that ended; one whose process died may be tried again."""
     ended = one.running.ended()
     if ended is None:
-        return
+        if one.seconds < one.patience:
+            return
+        one.running.stop()
+        error = f"it took {one.seconds:.0f} s, and still had steps to go: more than it was to be given"
+        ended = Ended({"status": "stopped", "error": error, "seconds": round(one.seconds, 1)})
     result = ended.result
     if ended.died is not None:
         deaths[key] = deaths.get(key, 0) + 1
