@@ -1,6 +1,7 @@
 """Shapes in annotations are checked at run time under pytest, and only there."""
 
 import os
+import shutil
 
 import pytest
 from jaxtyping import install_import_hook
@@ -55,3 +56,16 @@ def trained_pipeline(trained_run):
     import smalti
 
     return smalti.load(trained_run)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, through Playwright. Not for longer than a module: its event loop is in the way of asyncio's."""
+    api, chromium = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield started
+        started.close()

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -32,8 +31,6 @@ from smalti.comparison.report import conclude, conclusion_lines, points_of, rend
 from smalti.config import to_json
 from smalti.errors import UserError
 from smalti.evaluation.intervals import Estimate
-
-CHROMIUM = shutil.which("chromium")
 
 
 def estimate(value, half):
@@ -284,18 +281,6 @@ def test_what_is_no_comparison_is_refused(tmp_path, text, says):
         (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(UserError, match=says):
         write_report(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -86,8 +86,9 @@ class ScalingSpec:
 
     def sizes(self) -> tuple["Size", ...]:
         """The networks, smallest first. Raises UserError for a network without muP rules and widths that do not fit."""
+        config = self.config()
         try:
-            return tuple(size_of(self.config(), width, self.base_width) for width in self.widths)
+            return tuple(size_of(config, width, self.base_width) for width in self.widths)
         except UserError as error:
             raise UserError(f"scaling study {self.name!r}: {error}") from None
 
