@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MINUTES ?= 3
+JOBS ?= 2
 DEMO_RUN := runs/mnist
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
@@ -34,10 +35,13 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow and not alone'
+	$(BIN)/pytest -m 'alone and not slow'
 
+# Files of tests share the cores, JOBS at a time; those that wait for processes by the clock come afterwards.
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not alone'
+	$(BIN)/pytest -m alone
 
 docs: $(VENV)/.dev
 	$(BIN)/pdoc --output-directory build/docs smalti

@@ -37,6 +37,7 @@ from smalti.training.saving import restore
 from smalti.training.state import new_state
 from smalti.training.watch import Progress, Seen, Sign, Watch, judge, process_lives
 
+pytestmark = pytest.mark.alone
 PLAIN = ["precision=float32", "compile=false", "validate_every=1000"]
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -14,13 +16,15 @@ import pytest
 import torch
 from scaling_studies import BUDGET, InThisProcess, tiny_spec
 
+from smalti.config import to_json
 from smalti.errors import UserError
-from smalti.run_folder import read_rows
+from smalti.run_folder import read_rows, write_json
 from smalti.scaling import sweep
 from smalti.scaling.budget import StudyBudget
 from smalti.scaling.executors import Ended
 from smalti.scaling.sweep import open_study, read_study, run_study
 
+pytestmark = pytest.mark.alone
 DRIVER = Path(__file__).with_name("scaling_studies.py")
 
 
@@ -73,6 +77,59 @@ def wait_for(condition, process, seconds=90):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     raise AssertionError("it did not come")
+
+
+def spec_file(folder):
+    """The tiny study as a user's own."""
+    path = folder / "tiny.json"
+    write_json(path, to_json(tiny_spec()))
+    return path
+
+
+COMMAND = [sys.executable, "-m", "smalti", "scaling", "run"]
+# Ray listens on every address: in a network of its own, with process ids of its own, so that nothing outlives the test.
+ALONE = ["unshare", "-rnpf", "--kill-child", "--mount-proc"]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted, tmp_path):
+    results = tmp_path / "study" / "results.jsonl"
+    command = [*COMMAND, str(spec_file(tmp_path)), "--budget", f"{BUDGET.amount:g}", "--jobs", "1"]
+    command += ["--out", str(tmp_path / "study")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: read_rows(results) and children_of(running.pid), running)
+    running.terminate()
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+    before = read_rows(results)
+    again = subprocess.run([*command, "--max-runs", "1"], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "more runs are left" in again.stdout
+    rows = read_rows(results)
+    assert rows[: len(before)] == before
+    assert len(rows) == len(before) + 1
+    for row in rows:
+        assert comparable(row) == comparable(uninterrupted[row["key"]])
+
+
+@pytest.mark.slow
+def test_on_a_ray_cluster_runs_are_the_same(uninterrupted, tmp_path):
+    pytest.importorskip("ray")
+    if not all(map(shutil.which, ("unshare", "ip"))) or subprocess.run([*ALONE, "true"]).returncode:
+        pytest.skip("the kernel lets this user have no network namespace")
+    # Sockets' paths have room for about a hundred letters.
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:
+        environment = {**os.environ, "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        run = [*COMMAND, str(spec_file(tmp_path)), "--budget", f"{BUDGET.amount:g}", "--ray", "--max-runs", "2"]
+        command = [*ALONE, "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *run, "--out", str(tmp_path / "study")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_rows(tmp_path / "study" / "results.jsonl")
+    assert len(rows) == 2, done.stdout
+    for row in rows:
+        assert comparable(row) == comparable(uninterrupted[row["key"]])
 
 
 def comparable(row):

@@ -15,7 +15,7 @@ ROUNDS = Path(__file__).parent / "ray_rounds.py"
 # Its own process ids and its own loopback: Ray's ports meet nobody else's, and nothing of it outlives the test.
 ALONE = ["unshare", "-rnpf", "--kill-child", "--mount-proc"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module", autouse=True)

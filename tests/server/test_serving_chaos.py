@@ -15,6 +15,7 @@ from smalti.serving.receipts import receipt_of, stamp
 from smalti.serving.rehearsal_server import without_receipt
 from smalti.serving.soak import SoakAccount, run_soak
 
+pytestmark = pytest.mark.alone
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes as Linux shows them")
 IN_CI = (
     "killed-worker",

@@ -26,7 +26,7 @@ from smalti.errors import UserError
 from smalti.run_folder import append_row, read_rows, write_json
 from smalti.scaling.budget import StepTimes, StudyBudget, smallest_budget, times_from_json
 from smalti.scaling.executors import Ended, Executor, Running
-from smalti.scaling.grid import Cell, Layout, cell_config, cell_key, describe_cell, layout
+from smalti.scaling.grid import Cell, Layout, cell_config, cell_key, describe_cell, expected_layout, layout
 from smalti.scaling.spec import ScalingSpec, Size, read_spec
 from smalti.scaling.tasks import Task
 
@@ -222,10 +222,13 @@ def run_study(
     held: dict[str, _Held] = {}
     deaths: dict[str, int] = {}
     begun = 0
+    read = -1
+    wanted: dict[str, tuple[Task, Cell]] = {}
     with _stopping(held):
         while True:
-            wanted, known = _wanted(study, device)
-            progress(_share(study, known, wanted))
+            if (size := _results_size(study)) != read:
+                read, (wanted, known) = size, _wanted(study, device)
+                progress(_share(study, known, wanted))
             if not wanted and not held:
                 return True
             for key, (task, cell) in wanted.items():
@@ -238,9 +241,9 @@ def run_study(
                     lock.acquire()
                 except filelock.Timeout:
                     continue  # another process has it
-                if key not in _wanted(study, device)[0]:  # and has just ended it
+                if _results_size(study) != read:  # and may have ended it just now
                     lock.release()
-                    continue
+                    break
                 patience = math.inf if times is None else max(_LEAST_PATIENCE, give_up * times.run(cell))
                 held[key] = _Held(task, cell, executor.start(task), lock, patience)
                 begun += task.kind == "train"
@@ -253,6 +256,11 @@ def run_study(
             for key, one in list(held.items()):
                 one.seconds += passed
                 _look_after(study, key, held, deaths, say, one)
+
+
+def _results_size(study: Study) -> int:
+    results = study.folder / RESULTS
+    return results.stat().st_size if results.exists() else 0
 
 
 def _look_after(study: Study, key: str, held: dict[str, _Held], deaths: dict[str, int], say: Say, one: _Held) -> None:
@@ -294,8 +302,6 @@ def _outcome(task: Task, result: dict[str, Any]) -> str:
 
 
 def _share(study: Study, known: Layout, wanted: dict[str, tuple[Task, Cell]]) -> float:
-    from smalti.scaling.grid import expected_layout
-
     total = sum(cell.flops for cell in expected_layout(study.spec, study.sizes, study.smallest).cells)
     missing = {cell for task, cell in wanted.values() if task.kind == "train"}
     done = sum(cell.flops for cell in known.cells if cell not in missing)
