@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from quiet_page import lowest_label, quiet_page
 from small_comparisons import cards, figures, small_spec
 
 from smalti.cli import main
@@ -288,28 +289,15 @@ def test_what_is_no_comparison_is_refused(tmp_path, text, says):
 def test_the_page_in_a_browser(browser, tmp_path, width, scheme):
     (tmp_path / "comparison.json").write_text(json.dumps(constructed()))
     path = write_report(tmp_path)
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    complaints, asked = [], []
-    page.on("console", lambda message: complaints.append(message.text) if message.type != "log" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
-    page.wait_for_load_state("load")
-    for details in page.query_selector_all("details"):
-        details.evaluate("element => element.open = true")
-    images = page.eval_on_selector_all("img", "all => all.map(i => [i.complete, i.naturalWidth, i.alt])")
-    assert len(images) == 4
-    assert all(complete and natural > 0 and alt for complete, natural, alt in images)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    charts = page.eval_on_selector_all("svg", "all => all.map(s => s.getBoundingClientRect().width)")
-    assert len(charts) == 7
-    assert all(200 < w <= width for w in charts)
-    ink = page.eval_on_selector("svg text", "text => getComputedStyle(text).fill")
-    assert ink == page.eval_on_selector("body", "body => getComputedStyle(body).color")  # also in the dark
-    smallest = page.eval_on_selector_all(
-        "svg text", "all => Math.min(...all.map(t => t.getBoundingClientRect().height).filter(h => h > 0))"
-    )
-    assert smallest >= 8  # pixels: labels can be read
-    assert complaints == []
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    page.close()
+    with quiet_page(browser, path, width, scheme) as page:
+        for details in page.query_selector_all("details"):
+            details.evaluate("element => element.open = true")
+        images = page.eval_on_selector_all("img", "all => all.map(i => [i.complete, i.naturalWidth, i.alt])")
+        assert len(images) == 4
+        assert all(complete and natural > 0 and alt for complete, natural, alt in images)
+        charts = page.eval_on_selector_all("svg", "all => all.map(s => s.getBoundingClientRect().width)")
+        assert len(charts) == 7
+        assert all(200 < w <= width for w in charts)
+        ink = page.eval_on_selector("svg text", "text => getComputedStyle(text).fill")
+        assert ink == page.eval_on_selector("body", "body => getComputedStyle(body).color")  # also in the dark
+        assert lowest_label(page) >= 8  # pixels: labels can be read

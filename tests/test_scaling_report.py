@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from quiet_page import lowest_label, quiet_page
 from scaling_studies import LAW, law_with_noise, write_study
 
 from smalti.cli import main as smalti_main
@@ -201,27 +202,16 @@ def report(study):
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_report_in_a_browser(browser, study, report, width, scheme):
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    complaints, asked = [], []
-    page.on("console", lambda message: complaints.append(message.text) if message.type != "log" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(report.as_uri())
-    page.wait_for_load_state("load")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.inner_text("section.conclusion").startswith("Over 1")
-    pictures = page.eval_on_selector_all("figure", "all => all.map(f => [f.getAttribute('aria-label'), f.offsetWidth])")
-    assert len(pictures) == 5
-    assert all(label and 200 < wide <= width for label, wide in pictures)
-    smallest = page.eval_on_selector_all(
-        "svg text", "all => Math.min(...all.map(t => t.getBoundingClientRect().height).filter(h => h > 0))"
-    )
-    assert smallest >= 8  # pixels: labels can be read
-    runs = len([row for row in read_rows(study / "results.jsonl") if row["kind"] == "train"])
-    assert len(page.query_selector_all("table.costs tbody tr")) == runs
-    assert complaints == []
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    page.close()
+    with quiet_page(browser, report, width, scheme) as page:
+        assert page.inner_text("section.conclusion").startswith("Over 1")
+        pictures = page.eval_on_selector_all(
+            "figure", "all => all.map(f => [f.getAttribute('aria-label'), f.offsetWidth])"
+        )
+        assert len(pictures) == 5
+        assert all(label and 200 < wide <= width for label, wide in pictures)
+        assert lowest_label(page) >= 8  # pixels: labels can be read
+        runs = len([row for row in read_rows(study / "results.jsonl") if row["kind"] == "train"])
+        assert len(page.query_selector_all("table.costs tbody tr")) == runs
     assert len(list((study / "pictures").glob("*.png"))) == 5
 
 

@@ -117,6 +117,16 @@ def write_json(path: Path, body: Any) -> None:
     write_text(path, json.dumps(finite_json(body), indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file's body. Raises UserError where it cannot be read or does not parse."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+
+
 def append_row(path: Path, row: Any) -> None:
     """Write a row of JSON at the end of a JSONL file, on a line of its own also where a kill tore the last one."""
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")

@@ -1,6 +1,5 @@
 """What is compared: contenders, what is held equal between them, and at how many network calls each is sampled."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,7 @@ from smalti.data.sources.digits import DigitsData
 from smalti.errors import UserError, unknown_name
 from smalti.models.registry import count_parameters, network_of
 from smalti.recipes import recipe
+from smalti.run_folder import read_json
 
 Match = Literal["flops", "parameters", "minutes"]
 FEWEST_SAMPLES = 100  # the Frechet distance of fewer says nothing
@@ -174,10 +174,4 @@ def spec_from_json(body: Any, where: str = "comparison") -> ComparisonSpec:
 
 def read_spec(path: Path) -> ComparisonSpec:
     """A spec of one's own. Raises UserError where the file cannot be read or does not parse."""
-    try:
-        body = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    return spec_from_json(body, str(path))
+    return spec_from_json(read_json(path), str(path))

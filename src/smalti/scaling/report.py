@@ -10,7 +10,7 @@ from smalti.comparison.machine import machine_of
 from smalti.config import to_json
 from smalti.pages.figures import charts_available
 from smalti.pages.page import render_page
-from smalti.run_folder import write_text
+from smalti.run_folder import read_json, write_text
 from smalti.scaling.analysis import Analysis, analyse, scatter
 from smalti.scaling.bends import bends
 from smalti.scaling.charts import chart_svg, charts, write_png
@@ -189,7 +189,7 @@ def _settings(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     config = study.spec.config()
     seconds = sum(row.get("seconds", 0.0) for row in rows)
     machine = machine_of(config)
-    plan = json.loads((study.folder / PLAN).read_text())
+    plan = read_json(study.folder / PLAN)
     return [
         f"Recipe {config.recipe}'s learning rate holds at width {study.spec.base_width}; muP carries it to the others."
         f" Batches of {config.loop.batch_size}; warm-up and decay follow each run's length; one seed.",
@@ -209,7 +209,7 @@ def render(study: Study, analysis: Analysis) -> str:
     rows = study.rows()
     template = (files("smalti.scaling") / "report.html.jinja").read_text(encoding="utf-8")
     bundled = study.spec == bundled_specs().get(study.spec.name)
-    plan = json.loads((study.folder / PLAN).read_text())
+    plan = read_json(study.folder / PLAN)
     budget = plan["budget"]
     asked = f"{budget['amount'] / 60:g}min" if budget["unit"] == "seconds" else f"{budget['amount']:g}"
     largest = max(float(row["flops"]) for row in analysis.best_rows)

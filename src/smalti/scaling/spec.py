@@ -3,7 +3,6 @@
 All sizes differ in width alone and are scaled by muP, so that the base width's learning rate serves them all.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from smalti.config import RunConfig, apply_overrides, from_json
 from smalti.errors import UserError, unknown_name
 from smalti.models.registry import count_parameters, forward_flops, network_of
 from smalti.recipes import recipe
+from smalti.run_folder import read_json
 from smalti.training.widths import at_width
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -142,12 +142,7 @@ def find_spec(name_or_path: str) -> ScalingSpec:
 
 def read_spec(path: Path) -> ScalingSpec:
     """A study of one's own. Raises UserError where the file cannot be read or does not parse."""
-    try:
-        body = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+    body = read_json(path)
     if not isinstance(body, dict) or "name" not in body:
         raise UserError(f"{path}: must be an object with at least a name")
     try:

@@ -9,7 +9,6 @@ from its newest checkpoint; several processes may work in one folder, on one mac
 locks, on several.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ import filelock
 from smalti.config import RunConfig, to_json
 from smalti.data.sources.digits import DigitsData
 from smalti.errors import UserError
-from smalti.run_folder import append_row, read_rows, write_json
+from smalti.run_folder import append_row, read_json, read_rows, write_json
 from smalti.scaling.budget import StepTimes, StudyBudget, smallest_budget, times_from_json
 from smalti.scaling.executors import Ended, Executor, Running
 from smalti.scaling.grid import Cell, Layout, cell_config, cell_key, describe_cell, expected_layout, layout
@@ -74,12 +73,12 @@ def read_study(folder: Path) -> Study:
     if not (folder / PLAN).exists():
         raise UserError(f"{folder} holds no scaling study: run one with `smalti scaling run digits --out {folder}`")
     spec = read_spec(folder / SPEC)
-    return Study(spec, folder, float(json.loads((folder / PLAN).read_text())["smallest"]), spec.sizes())
+    return Study(spec, folder, float(read_json(folder / PLAN)["smallest"]), spec.sizes())
 
 
 def read_step_times(folder: Path) -> StepTimes | None:
     """The step times that a study's plan was made with; None of a study planned in FLOPs."""
-    times = json.loads((folder / PLAN).read_text()).get("times")
+    times = read_json(folder / PLAN).get("times")
     return None if times is None else times_from_json(times)
 
 
