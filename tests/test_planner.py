@@ -176,6 +176,7 @@ def test_a_measured_run_counts_what_lies_between_its_steps():
     assert measured.run_seconds(loop, 300) == pytest.approx(2 + 30 + 3 * 1 + 5 + 2 * 0.5)
 
 
+@pytest.mark.slow
 def test_measuring_trains_for_a_moment(tmp_path):
     measured = measure_training(SMALL, tmp_path / "run", steps=5)
     assert measured.step > 0
@@ -188,6 +189,7 @@ def test_measuring_trains_for_a_moment(tmp_path):
     assert plan.cost is None
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would():
     small = replace(ACCELERATORS["l4"], memory=11 * 2**28)
     config = apply_overrides(SMALL, ["model.width=64", "depth=3", "loop.batch_size=4096", "precision=bfloat16"])
