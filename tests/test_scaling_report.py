@@ -157,6 +157,17 @@ def test_a_table_of_ones_own_is_fitted_and_predicted_from(tmp_path, capsys):
     assert two_hours == five_dollars
 
 
+def test_without_budgets_the_runs_that_no_cheaper_one_beats_tell_what_compute_buys(tmp_path):
+    table = tmp_path / "mine.csv"
+    table.write_text(TABLE)
+    best = analyse(read_results(table)).best_rows
+    rows = read_results(table)
+    for row in rows:
+        beaten = any(other["flops"] <= row["flops"] and other["loss"] < row["loss"] for other in rows)
+        assert beaten == (row["key"] not in {one["key"] for one in best})
+    assert 3 <= len(best) < len(rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -156,12 +156,18 @@ def _runs(rows: Sequence[Mapping[str, Any]]) -> Runs:
 
 
 def _best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The run of the lowest loss of each budget, smallest budget first."""
+    """The run of the lowest loss of each budget, smallest budget first; of runs without budgets those that no run of
+    as few FLOPs beats."""
+    if not all("budget" in row for row in rows):
+        frontier_rows: list[Mapping[str, Any]] = []
+        for row in sorted(rows, key=lambda row: (row["flops"], row["loss"])):
+            if not frontier_rows or row["loss"] < frontier_rows[-1]["loss"]:
+                frontier_rows.append(row)
+        return frontier_rows
     best: dict[float, Mapping[str, Any]] = {}
     for row in rows:
-        budget = row.get("budget", row["flops"])
-        if budget not in best or row["loss"] < best[budget]["loss"]:
-            best[budget] = row
+        if row["budget"] not in best or row["loss"] < best[row["budget"]]["loss"]:
+            best[row["budget"]] = row
     return [best[budget] for budget in sorted(best)]
 
 
