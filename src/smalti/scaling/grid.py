@@ -61,6 +61,7 @@ class Slice:
     losses: Mapping[int, float]
     complete: bool  # all have a result, and no size needs to be added
     edge: str | None = None  # what keeps a complete slice from bracketing its minimum
+    first_widths: tuple[int, ...] = ()  # those that it began with, before it grew
 
     @property
     def best(self) -> Cell | None:
@@ -149,16 +150,26 @@ def _slice(
 ) -> Slice:
     ladder = affordable(sizes, budget)
     known = list(sizes_around(ladder, parameters, spec.sizes_per_slice))
+    first = tuple(size.width for size in known)
     while True:
         cells = tuple(Cell(number, budget, size) for size in known)
         done = {size.width: results[number, size.width] for size in known if (number, size.width) in results}
         losses = {width: loss for width, loss in done.items() if loss is not None}
         if len(done) < len(known):
-            return Slice(number, budget, cells, losses, complete=False)
+            return Slice(number, budget, cells, losses, complete=False, first_widths=first)
         added, edge = _grown(known, losses, ladder)
         if added is None:
-            return Slice(number, budget, cells, losses, complete=True, edge=edge)
+            return Slice(number, budget, cells, losses, complete=True, edge=edge, first_widths=first)
         known = sorted([*known, added], key=lambda size: size.width)
+
+
+def _as_begun(part: Slice, results: Mapping[tuple[int, int], float | None]) -> Slice | None:
+    """The slice of the sizes that it began with; None until all of them ended."""
+    if any((part.number, width) not in results for width in part.first_widths):
+        return None
+    cells = tuple(cell for cell in part.cells if cell.size.width in part.first_widths)
+    losses = {width: loss for width, loss in part.losses.items() if width in part.first_widths}
+    return replace(part, cells=cells, losses=losses)
 
 
 def lowest_point(part: Slice) -> float | None:
@@ -180,23 +191,26 @@ def layout(
 ) -> Layout:
     """The runs that are wanted, given the results so far. smallest: the smallest budget, in FLOPs.
 
-    results: loss by (slice number, width) of runs that ended, None where they failed. A slice begins when the one below
-    it is complete; the held-out run's size is chosen from the first two slices, so that it trains beside the others.
+    results: loss by (slice number, width) of runs that ended, None where they failed. A slice begins when the sizes
+    that the one below began with have ended, around what these point to: it need not wait for those that are added.
+    The held-out run's size is chosen from the first two slices in the same way, so that it trains beside the others.
     """
     budgets = spec.budgets(smallest)
     parameters = math.sqrt(smallest / _FLOPS_PER_SQUARED_PARAMETER)
     slices: list[Slice] = []
+    pointed: list[tuple[float | None, float]] = []
     for number, budget in enumerate(budgets[:-1]):
         part = _slice(spec, number, budget, sizes, parameters, results)
         slices.append(part)
-        if not part.complete:
+        begun = _as_begun(part, results)
+        if begun is None:
             break
-        # N_opt ~ C^0.5 (Hoffmann et al. 2022, table 2)
-        parameters = (lowest_point(part) or parameters) * math.sqrt(spec.ratio)
+        lowest = lowest_point(begun)
+        pointed.append((lowest, budget))
+        parameters = (lowest or parameters) * math.sqrt(spec.ratio)  # N_opt ~ C^0.5 (Hoffmann et al. 2022, table 2)
     held_out = None
-    if len(slices) >= 2 and slices[1].complete:
-        known = [(lowest_point(part), part.budget) for part in slices[:2]]
-        guesses = [lowest * math.sqrt(budgets[-1] / budget) for lowest, budget in known if lowest is not None]
+    if len(pointed) >= 2:
+        guesses = [lowest * math.sqrt(budgets[-1] / budget) for lowest, budget in pointed[:2] if lowest is not None]
         if guesses:
             (size,) = sizes_around(affordable(sizes, budgets[-1]), guesses[-1], 1)
             held_out = Cell(spec.slices, budgets[-1], size)
