@@ -19,6 +19,7 @@ def bends(analysis: Analysis, training_rows: int | None = None) -> list[str]:
     found = [
         *_held_out(analysis),
         *_curvature(analysis),
+        *_of_compute(analysis),
         *_overfitting(analysis, training_rows),
         *_undetermined(analysis),
         *(f"{minimum.problem}." for minimum in analysis.minima if minimum.problem),
@@ -65,6 +66,26 @@ def _curvature(analysis: Analysis) -> list[str]:
         f"residuals in ln C is {abs(constants[2]) / error:.1f} standard errors from none. "
         + ("The law promises too much beyond them." if constants[2] > 0 else "The law promises too little beyond them.")
     ]
+
+
+def _of_compute(analysis: Analysis) -> list[str]:
+    said = []
+    for law, name in ((analysis.loss_of_compute, "loss"), (analysis.fd_of_compute, "Frechet distance")):
+        if law is None:
+            continue
+        power = law.chosen.interval(lambda curve: curve.power)
+        if power.low <= 0:
+            said.append(
+                f"The best {name} of a budget does not follow compute surely: its exponent may be {power.low:.2f} to "
+                f"{power.high:.2f}."
+            )
+        elif law.asymptote_chosen:
+            straight, bent = _percent(law.power.cv_error), _percent(law.with_asymptote.cv_error)
+            said.append(
+                f"The best {name} of a budget is no pure power of compute: it levels off towards "
+                f"{law.chosen.curve.asymptote:.3g} (errors at budgets left out {bent}, {straight} without that)."
+            )
+    return said
 
 
 def _overfitting(analysis: Analysis, training_rows: int | None) -> list[str]:

@@ -125,6 +125,8 @@ def _of_compute(
         )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            ticks(lambda value, place: f"{value:g}")  # 0.17, and not 1.7 x 10^-1
         axes.set_xlabel("training FLOPs C")
         axes.set_ylabel(y_label)
 
