@@ -80,6 +80,19 @@ def _keep_in_view(axes: "Axes", values: list[float]) -> None:
     axes.set_ylim(min(values) / 4, max(values) * 4)
 
 
+def _plain_ticks(axes: "Axes", values: list[float]) -> None:
+    """A logarithmic axis about values, with round numbers on it (0.17) where they span less than a power of ten."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    low, high = min(values), max(values)
+    margin = max(1.05, (high / low) ** 0.75)
+    axes.set_ylim(low / margin, high * margin)
+    if high / low * margin**2 < 10:
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+
+
 def loss_of_compute(analysis: Analysis) -> Draw:
     """The best loss of each budget, both curves fitted to it, and the published slope."""
     best = [(row["flops"], row["loss"], bool(row["held_out"])) for row in analysis.best_rows]
@@ -125,8 +138,7 @@ def _of_compute(
         )
         axes.set_xscale("log")
         axes.set_yscale("log")
-        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            ticks(lambda value, place: f"{value:g}")  # 0.17, and not 1.7 x 10^-1
+        _plain_ticks(axes, [y for _, y, _ in points])
         axes.set_xlabel("training FLOPs C")
         axes.set_ylabel(y_label)
 
